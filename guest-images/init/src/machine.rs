@@ -1,0 +1,86 @@
+//! Settings of the machine itself: name, loopback interface, power.
+#![allow(unsafe_code, reason = "interface flags are set by an ioctl that has no safe wrapper")]
+
+use rustix_core::ioctl::{Setter, ioctl};
+use rustix_core::net::{AddressFamily, SocketType, socket};
+use rustix_core::system::{RebootCommand, reboot, sethostname, uname};
+
+use crate::mounts::read_file;
+use crate::say;
+
+/// What a kernel calls a machine that nobody has named.
+const UNNAMED: &[u8] = b"(none)";
+const DEFAULT_NAME: &[u8] = b"vmm";
+
+/// How the machine is to end.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum PowerAction {
+    /// Power off where the machine can, else restart: a VMM ends in both cases.
+    Off,
+    /// Restart.
+    Restart,
+}
+
+/// Names the machine from /etc/hostname, unless `hostname=` on the kernel command line did.
+pub fn set_hostname() {
+    if uname().nodename().to_bytes() != UNNAMED {
+        return;
+    }
+    let mut buffer = [0; 64];
+    let name = read_file(c"/etc/hostname", &mut buffer).trim_ascii();
+    if let Err(error) = sethostname(if name.is_empty() { DEFAULT_NAME } else { name }) {
+        say!("cannot set the host name: {error}");
+    }
+}
+
+/// include/uapi/linux/sockios.h
+const SIOCSIFFLAGS: u32 = 0x8914;
+/// IFF_UP and IFF_RUNNING (include/uapi/linux/if.h).
+const UP: u16 = 0x1 | 0x40;
+
+/// `struct ifreq` with flags in its union.
+#[repr(C)]
+struct InterfaceFlags {
+    name: [u8; 16],
+    flags: u16,
+    rest: [u8; 22],
+}
+
+/// Brings the loopback interface up; the kernel gives it its addresses. A kernel without network has none.
+pub fn loopback_up() {
+    let Ok(socket) = socket(AddressFamily::INET, SocketType::DGRAM, None) else { return };
+    let mut request = InterfaceFlags { name: [0; 16], flags: UP, rest: [0; 22] };
+    request.name[..2].copy_from_slice(b"lo");
+    // SAFETY: SIOCSIFFLAGS reads one `struct ifreq`, of which `InterfaceFlags` has size and layout.
+    let result = unsafe { ioctl(&socket, Setter::<{ SIOCSIFFLAGS }, _>::new(request)) };
+    if let Err(error) = result {
+        say!("cannot bring up lo: {error}");
+    }
+}
+
+/// Makes Ctrl-Alt-Del reach this process as SIGINT instead of restarting the machine on the spot.
+pub fn take_ctrl_alt_del() {
+    if let Err(error) = reboot(RebootCommand::CadOff) {
+        say!("cannot take over Ctrl-Alt-Del: {error}");
+    }
+}
+
+/// Stops the machine.
+pub fn finish(action: PowerAction) -> ! {
+    if action == PowerAction::Off && can_power_off() {
+        let _ = reboot(RebootCommand::PowerOff);
+    }
+    loop {
+        let _ = reboot(RebootCommand::Restart);
+    }
+}
+
+/// Room for the DSDT of a machine with dozens of devices; a larger one is searched as far as it fits.
+const DSDT_BYTES: usize = 64 << 10;
+
+/// A kernel that has no way to switch the power off halts for ever when asked to, and does not come back to
+/// try something else. ACPI's way is the sleep state S5, which the DSDT has to name.
+fn can_power_off() -> bool {
+    let mut buffer = [0; DSDT_BYTES];
+    read_file(c"/sys/firmware/acpi/tables/DSDT", &mut buffer).windows(4).any(|name| name == b"_S5_")
+}

@@ -35,8 +35,10 @@ pub fn build(arguments: &[&str]) -> Result<PathBuf> {
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .current_dir(workspace());
     let messages = crate::command::output(&mut command)?;
-    let executable =
-        messages.lines().filter_map(|line| serde_json::from_str::<Message>(line).ok()?.executable).next_back();
+    let executable = messages
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Message>(line).ok()?.executable)
+        .next_back();
     executable.with_context(|| format!("cargo built no executable for {}", arguments.join(" ")))
 }
 

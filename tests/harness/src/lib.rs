@@ -1,11 +1,45 @@
 //! What tests stand on: places to run guests in, the lab, Debian guests, disks and networks.
 //!
-//! See docs/testing.md for how a test is written.
+//! ```no_run
+//! # fn main() -> anyhow::Result<()> {
+//! use harness::{Guest, Kernel};
+//!
+//! let run = Guest::new().memory("512M").shell("grep MemTotal /proc/meminfo").run()?;
+//! run.ok()?.expect_line("vmm-init: exit status 0")?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! docs/testing.md says how a test is written and where it runs.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
 
 pub mod binaries;
 pub mod cache;
 pub mod command;
 pub mod debian_kernel;
 pub mod lab;
+pub mod net;
 pub mod packages;
 pub mod process;
+pub mod report;
+
+mod disk;
+mod guest;
+mod kernel;
+mod place;
+
+pub use disk::Disk;
+pub use guest::{Guest, Run, Running};
+pub use kernel::Kernel;
+pub use net::NetNs;
+pub use place::{Acceleration, Needs, Place, local_kvm};
+pub use process::{Exit, Output, Process, Program, Signal};
+
+/// The project's demo root file system, an ext4 image: busybox and our init. Shared: mount it read-only.
+pub fn demo_image() -> Result<PathBuf> {
+    let dir = std::env::var_os("VMM_TEST_KERNELS").context("no VMM_TEST_KERNELS")?;
+    Ok(PathBuf::from(dir).join("demo.ext4"))
+}

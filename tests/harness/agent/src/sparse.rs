@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 /// A run of zeros of this many bytes is treated as a hole, even where the file has it written out.
 const GRAIN: usize = 64 << 10;
+static ZEROS: [u8; GRAIN] = [0; GRAIN];
 
 /// Calls `each` with offset and bytes of everything in `file` that is not zero, in order, at most `chunk` bytes at a time.
 pub fn read(file: &File, chunk: usize, mut each: impl FnMut(u64, &[u8]) -> io::Result<()>) -> io::Result<()> {
@@ -50,7 +51,8 @@ fn non_zero(data: &[u8], mut each: impl FnMut(usize, &[u8]) -> io::Result<()>) -
     let mut start = None;
     for (index, grain) in data.chunks(GRAIN).enumerate() {
         let at = index * GRAIN;
-        match (grain.iter().all(|&byte| byte == 0), start) {
+        // A comparison of slices is one call of memcmp: in the lab, code that goes byte by byte is slow.
+        match (grain == &ZEROS[..grain.len()], start) {
             (true, Some(from)) => {
                 each(from, &data[from..at])?;
                 start = None;

@@ -1,0 +1,334 @@
+//! Boots a guest as a user would, with `vmm run`, wherever it can run.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Result, bail, ensure};
+
+use crate::disk::Disk;
+use crate::kernel::Kernel;
+use crate::lab::Lab;
+use crate::net::{GUEST_ADDRESS, HOST_ADDRESS, NetNs, TAP};
+use crate::place::{Needs, Place};
+use crate::process::{Exit, Process, Program, Signal};
+use crate::{binaries, report};
+
+/// Only there to end a hang; stretched in the lab.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A guest to boot. What is not said is `vmm run`'s default, but for the root file system: that is our demo image, read-only.
+pub struct Guest<'a> {
+    needs: Needs,
+    kernel: Kernel,
+    initrd: Option<PathBuf>,
+    rootfs: Rootfs<'a>,
+    disks: Vec<(&'a Disk, &'a str)>,
+    net: Option<&'a NetNs>,
+    append: Vec<String>,
+    command: Option<String>,
+    arguments: Vec<String>,
+    deadline: Duration,
+}
+
+enum Rootfs<'a> {
+    Demo,
+    None,
+    Disk(&'a Disk),
+    ReadOnly(PathBuf),
+}
+
+impl<'a> Guest<'a> {
+    /// A guest with all defaults.
+    #[expect(clippy::new_without_default, reason = "a guest to boot is nobody's default value")]
+    pub fn new() -> Self {
+        Self {
+            needs: Needs::AnyKvm,
+            kernel: Kernel::Default,
+            initrd: None,
+            rootfs: Rootfs::Demo,
+            disks: Vec::new(),
+            net: None,
+            append: Vec::new(),
+            command: None,
+            arguments: Vec::new(),
+            deadline: DEADLINE,
+        }
+    }
+
+    /// What the test needs; a kernel or several CPUs that need hardware imply it.
+    pub fn needs(mut self, needs: Needs) -> Self {
+        self.needs = needs;
+        self
+    }
+
+    /// What it boots.
+    pub fn kernel(mut self, kernel: Kernel) -> Self {
+        if kernel.needs() == Needs::Hardware {
+            self.needs = Needs::Hardware;
+        }
+        self.kernel = kernel;
+        self
+    }
+
+    /// `--initrd`, and no root file system unless one is named.
+    pub fn initrd(mut self, path: impl Into<PathBuf>) -> Self {
+        self.initrd = Some(path.into());
+        if matches!(self.rootfs, Rootfs::Demo) {
+            self.rootfs = Rootfs::None;
+        }
+        self
+    }
+
+    /// `--rootfs`, writable.
+    pub fn rootfs(mut self, disk: &'a Disk) -> Self {
+        self.rootfs = Rootfs::Disk(disk);
+        self
+    }
+
+    /// `--rootfs`, read-only.
+    pub fn rootfs_read_only(mut self, image: impl Into<PathBuf>) -> Self {
+        self.rootfs = Rootfs::ReadOnly(image.into());
+        self
+    }
+
+    /// `--disk`, writable.
+    pub fn disk(self, disk: &'a Disk) -> Self {
+        self.disk_with(disk, "")
+    }
+
+    /// `--disk` with more options, such as `,ro`.
+    pub fn disk_with(mut self, disk: &'a Disk, options: &'a str) -> Self {
+        self.disks.push((disk, options));
+        self
+    }
+
+    /// `--net` with the namespace's tap; the guest has [`GUEST_ADDRESS`], and the VMM runs within the namespace.
+    pub fn net(mut self, net: &'a NetNs) -> Self {
+        self.net = Some(net);
+        self
+    }
+
+    /// `--cpus`.
+    pub fn cpus(mut self, count: u32) -> Self {
+        if count > 1 {
+            self.needs = Needs::Hardware;
+        }
+        self.arguments.extend(["--cpus".to_owned(), count.to_string()]);
+        self
+    }
+
+    /// `--memory`.
+    pub fn memory(self, size: &str) -> Self {
+        self.arg("--memory").arg(size)
+    }
+
+    /// More kernel parameters.
+    pub fn append(mut self, parameters: &str) -> Self {
+        self.append.push(parameters.to_owned());
+        self
+    }
+
+    /// What our init runs in the guest before it powers off; for a line of shell see [`Guest::shell`].
+    pub fn command(mut self, command: &str) -> Self {
+        self.command = Some(command.to_owned());
+        self
+    }
+
+    /// A line of shell to run in the guest; no double quotes in it, they are the kernel's.
+    pub fn shell(self, line: &str) -> Self {
+        self.command(&format!("sh -c \"{line}\""))
+    }
+
+    /// Any other argument of `vmm run`.
+    pub fn arg(mut self, argument: &str) -> Self {
+        self.arguments.push(argument.to_owned());
+        self
+    }
+
+    /// When to give up, on hardware; longer in the lab.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+
+    /// Boots the guest and waits until `vmm run` has ended.
+    pub fn run(self) -> Result<Run> {
+        self.start()?.wait()
+    }
+
+    /// Boots the guest and returns while it runs.
+    pub fn start(self) -> Result<Running<'a>> {
+        let place = match self.net {
+            Some(net) => net.place().clone(),
+            None => Place::choose(self.needs)?,
+        };
+        ensure!(
+            self.needs == Needs::AnyKvm || place.has_hardware(),
+            "the test needs hardware, and {place} has none"
+        );
+        report::check_module(self.needs)?;
+        let kernel = self.kernel.at(&place);
+        report::boots(&kernel.describe(), &place)?;
+        let mut lent = Vec::new();
+        let mut program = Program::new(self.arguments(&kernel, &place, &mut lent)?);
+        if let Some(net) = self.net {
+            program = net.within(&program);
+        }
+        let process = place.start(&program)?;
+        Ok(Running { process, deadline: self.deadline * place.slowness(), place, lent })
+    }
+
+    /// The whole command line of `vmm run`.
+    fn arguments(&self, kernel: &Kernel, place: &Place, lent: &mut Vec<Lent<'a>>) -> Result<Vec<String>> {
+        let mut arguments = vec![place.provide(&binaries::vmm()?)?, "run".into()];
+        let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
+        option("--kernel", place.provide(&kernel.file()?)?);
+        if let Some(initrd) = &self.initrd {
+            option("--initrd", place.provide(initrd)?);
+        }
+        match &self.rootfs {
+            Rootfs::Demo => option("--rootfs", place.provide(&crate::demo_image()?)? + ",ro"),
+            Rootfs::None => {}
+            Rootfs::Disk(disk) => option("--rootfs", lend(disk, place, lent)?),
+            Rootfs::ReadOnly(image) => option("--rootfs", place.provide(image)? + ",ro"),
+        }
+        for (disk, options) in &self.disks {
+            option("--disk", format!("path={}{options}", lend(disk, place, lent)?));
+        }
+        let mut append = self.append.clone();
+        if self.net.is_some() {
+            option("--net", format!("tap={TAP}"));
+            append.push(format!("ip={GUEST_ADDRESS}::{HOST_ADDRESS}:255.255.255.0::eth0:off"));
+        }
+        append.extend(self.command.iter().map(|command| format!("-- {command}")));
+        if !append.is_empty() {
+            option("--append", append.join(" "));
+        }
+        arguments.extend(self.arguments.iter().cloned());
+        Ok(arguments)
+    }
+}
+
+/// A disk that a guest in the lab writes to: a copy, which comes back when the guest has ended.
+struct Lent<'a> {
+    disk: &'a Disk,
+    lab: Lab,
+    path: String,
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        let _ = self.lab.remove(&self.path);
+    }
+}
+
+/// The path of a writable disk at `place`.
+fn lend<'a>(disk: &'a Disk, place: &Place, lent: &mut Vec<Lent<'a>>) -> Result<String> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let Place::Lab(lab) = place else { return Ok(disk.path().display().to_string()) };
+    let path = format!("/scratch/disks/{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+    lab.copy(&lab.provide(disk.path())?, &path)?;
+    lent.push(Lent { disk, lab: lab.clone(), path: path.clone() });
+    Ok(path)
+}
+
+/// A guest that runs.
+pub struct Running<'a> {
+    process: Process,
+    place: Place,
+    deadline: Duration,
+    lent: Vec<Lent<'a>>,
+}
+
+impl Running<'_> {
+    /// Waits until `text` appears on the console, after what earlier calls waited for, and returns what came before it.
+    pub fn expect(&mut self, text: &str) -> Result<String> {
+        self.process.expect(text, self.deadline)
+    }
+
+    /// Types on the console.
+    pub fn send(&mut self, text: impl AsRef<[u8]>) -> Result<()> {
+        self.process.send(text)
+    }
+
+    /// Ends the console's input.
+    pub fn close_stdin(&mut self) -> Result<()> {
+        self.process.close_stdin()
+    }
+
+    /// Sends the VMM a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        self.process.signal(signal)
+    }
+
+    /// Waits until the VMM has ended; disks have the guest's writes after this.
+    pub fn wait(self) -> Result<Run> {
+        let output = self.process.wait(self.deadline)?;
+        for lent in &self.lent {
+            lent.lab.get(&lent.path, lent.disk.path())?;
+        }
+        Ok(Run {
+            exit: output.exit,
+            console: String::from_utf8_lossy(&output.stdout).replace('\r', ""),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            place: self.place,
+        })
+    }
+}
+
+/// How a guest's run went.
+#[derive(Clone, Debug)]
+pub struct Run {
+    /// How `vmm run` ended.
+    pub exit: Exit,
+    /// What the guest printed, without carriage returns.
+    pub console: String,
+    /// What the VMM said.
+    pub stderr: String,
+    /// Where it ran.
+    pub place: Place,
+}
+
+impl Run {
+    /// The VMM ended with status 0.
+    pub fn ok(&self) -> Result<&Self> {
+        self.status(0)
+    }
+
+    /// The VMM ended with this status.
+    pub fn status(&self, status: i32) -> Result<&Self> {
+        if self.exit != Exit::Status(status) {
+            bail!("vmm ended with {}, not with status {status}; {}", self.exit, self.all());
+        }
+        Ok(self)
+    }
+
+    /// The guest printed this line, and nothing else on it but spaces around.
+    pub fn expect_line(&self, line: &str) -> Result<&Self> {
+        ensure!(
+            self.console.lines().any(|have| have.trim() == line),
+            "the guest did not print '{line}'; {}",
+            self.all()
+        );
+        Ok(self)
+    }
+
+    /// The guest printed this text, on any line.
+    pub fn expect_text(&self, text: &str) -> Result<&Self> {
+        ensure!(self.console.contains(text), "the guest did not print '{text}'; {}", self.all());
+        Ok(self)
+    }
+
+    /// What follows `prefix` on the first line that starts with it, spaces removed at both ends.
+    pub fn value_of(&self, prefix: &str) -> Result<&str> {
+        match self.console.lines().find_map(|line| line.strip_prefix(prefix)) {
+            Some(value) => Ok(value.trim()),
+            None => bail!("the guest printed no line that starts with '{prefix}'; {}", self.all()),
+        }
+    }
+
+    fn all(&self) -> String {
+        format!("its console:\n{}\n--- the VMM said:\n{}", self.console, self.stderr)
+    }
+}

@@ -1,0 +1,72 @@
+//! The kernels that guests boot.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+use crate::debian_kernel::DebianKernel;
+use crate::place::{Needs, Place};
+
+/// What a guest boots.
+#[derive(Clone, Debug, Default)]
+pub enum Kernel {
+    /// Our own, in the flavour that the place can run, as an ELF file.
+    #[default]
+    Default,
+    /// Our own for hardware, as an ELF file.
+    Standard,
+    /// Our own for hardware, as a bzImage.
+    BzImage,
+    /// Our own for hosts without hardware behind their KVM, as an ELF file.
+    Ring3,
+    /// Debian's stock cloud kernel, a bzImage.
+    DebianCloud,
+    /// Some other kernel, for hardware.
+    Path(PathBuf),
+}
+
+impl Kernel {
+    /// What it needs.
+    pub fn needs(&self) -> Needs {
+        match self {
+            Self::Default | Self::Ring3 => Needs::AnyKvm,
+            Self::Standard | Self::BzImage | Self::DebianCloud | Self::Path(_) => Needs::Hardware,
+        }
+    }
+
+    /// `Default` made definite for a place.
+    pub fn at(&self, place: &Place) -> Self {
+        match self {
+            Self::Default if place.has_hardware() => Self::Standard,
+            Self::Default => Self::Ring3,
+            other => other.clone(),
+        }
+    }
+
+    /// For people.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Default => "our kernel".into(),
+            Self::Standard => "standard kernel".into(),
+            Self::BzImage => "standard kernel (bzImage)".into(),
+            Self::Ring3 => "ring-3 kernel".into(),
+            Self::DebianCloud => "Debian's cloud kernel".into(),
+            Self::Path(path) => path.display().to_string(),
+        }
+    }
+
+    /// The kernel's file; built or downloaded when it is not in the cache.
+    pub fn file(&self) -> Result<PathBuf> {
+        let ours = |name: &str| -> Result<PathBuf> {
+            let dir = std::env::var_os("VMM_TEST_KERNELS").context("no VMM_TEST_KERNELS")?;
+            Ok(Path::new(&dir).join(name))
+        };
+        match self {
+            Self::Default | Self::Standard => ours("standard-vmlinux"),
+            Self::BzImage => ours("standard-bzImage"),
+            Self::Ring3 => ours("ring3-vmlinux"),
+            Self::DebianCloud => Ok(DebianKernel::prepare()?.vmlinuz),
+            Self::Path(path) => Ok(path.clone()),
+        }
+    }
+}

@@ -1,1 +1,22 @@
-//! devices
+//! Everything a guest can see and poke: the register model of each device, with no KVM, no thread and no
+//! event loop in it.
+//!
+//! A device is a state machine that is called with things it borrows. That makes every device, both virtio
+//! transports and the whole register model testable and fuzzable without `/dev/kvm`, root or a guest.
+//!
+//! - [`model`]: the traits that a device implements, and those it is handed.
+//! - [`virtio`]: queues, transports and one file per virtio device.
+//! - [`legacy`]: the few pieces of a PC that a Linux guest still looks for.
+//! - [`params`] and [`size`]: configuration as people write it on a command line.
+//! - [`registry`]: the one list of virtio device kinds. Command line, configuration, conformance tests and
+//!   fuzz targets all come from it.
+
+pub mod legacy;
+pub mod model;
+pub mod params;
+pub mod registry;
+pub mod size;
+pub mod virtio;
+
+/// Guest memory as devices see it: mapped regions, with a dirty bitmap where the VM tracks writes.
+pub type GuestMemory = vm_memory::GuestMemoryMmap<Option<vm_memory::bitmap::AtomicBitmap>>;

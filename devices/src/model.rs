@@ -1,0 +1,246 @@
+//! The traits that hold the device model together.
+//!
+//! [`VirtioDevice`] is what one device file implements; [`DeviceHost`] and [`Notifier`] are what it and its
+//! transport are handed. Everything that runs (threads, eventfds, epoll) is on the other side of these.
+
+use std::fmt;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::virtio::config_space::ConfigSpace;
+use crate::virtio::queue::{QueueConfig, Queues};
+
+/// Something that answers on an address range of a bus, port I/O or MMIO.
+///
+/// It takes `&self`: a vCPU holds no lock of the bus while it is here, so a device guards its own state.
+pub trait BusDevice: Send + Sync {
+    /// Fills `data` with what the guest reads at `offset` from the start of the range. `data` arrives
+    /// zeroed and may have any length the guest chose.
+    fn read(&self, offset: u64, data: &mut [u8]);
+
+    /// Takes what the guest wrote at `offset` from the start of the range.
+    fn write(&self, offset: u64, data: &[u8]);
+}
+
+/// An interrupt line into the guest's interrupt controller; edge triggered.
+pub trait IrqLine: Send + Sync {
+    /// Raises the line once.
+    fn trigger(&self);
+}
+
+/// How the owner of a virtio device tells the guest that something happened. Each transport has its own.
+pub trait Notifier: Send + Sync {
+    /// Buffers of `queue` were used and the driver wants to know.
+    fn queue_used(&self, queue: u16);
+
+    /// The configuration space changed (virtio 1.3 §2.5).
+    fn config_changed(&self);
+
+    /// The device cannot go on before a reset: DEVICE_NEEDS_RESET (virtio 1.3 §2.1.2).
+    fn needs_reset(&self);
+}
+
+/// What a transport asks of whoever owns the device and its queues.
+///
+/// The calls come from a vCPU thread and return when the owner has done them, so that a driver which reads
+/// the status back sees the truth.
+pub trait DeviceHost: Send + Sync {
+    /// The driver set DRIVER_OK: start the device with these negotiated features and queues.
+    fn activate(&self, features: u64, queues: &[QueueConfig]) -> Result<(), ActivateError>;
+
+    /// The driver wrote 0 to the status register: drop the queues, return to the fresh state.
+    fn reset(&self);
+
+    /// The driver notified `queue` by a register write that no ioeventfd caught.
+    fn kick(&self, queue: u16);
+}
+
+/// Why a device could not be started with what the driver configured.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ActivateError {
+    /// A queue's size is not a power of two, or is larger than offered.
+    #[error("queue {queue} has size {size}; a power of two up to {max} is allowed")]
+    QueueSize {
+        /// Queue index.
+        queue: u16,
+        /// Size in descriptors that the driver wrote.
+        size: u16,
+        /// Largest size in descriptors that the device offers.
+        max: u16,
+    },
+    /// A ring is misaligned or does not lie in guest memory.
+    #[error("the rings of queue {queue} are misaligned or outside guest memory")]
+    QueueAddress {
+        /// Queue index.
+        queue: u16,
+    },
+    /// The owner of the device is gone or could not watch it.
+    #[error("the device's runner is not available")]
+    Runner,
+}
+
+/// Whether a device has more to do right now than it did in this call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Progress {
+    /// Everything that could be done is done: wait for the next kick or host event.
+    Done,
+    /// Work is left because this call's budget is used up: call again soon, after the others had a turn.
+    More,
+}
+
+/// A host file descriptor that a device waits for.
+///
+/// It is watched edge triggered for reading: after an event the device reads until `EAGAIN`, or remembers by
+/// itself that data is waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostSource {
+    /// The descriptor; the device owns it and keeps it open as long as the device lives.
+    pub fd: RawFd,
+    /// The device's own name for it, handed back in [`VirtioDevice::host_event`].
+    pub token: u32,
+}
+
+/// One virtio device: identity, configuration space and what it does with its queues.
+///
+/// It has no thread, eventfd, transport or mutex. Its owner lends it the queues for the length of a call and
+/// sends the interrupts that its pushes call for.
+pub trait VirtioDevice: Send {
+    /// Device ID, virtio 1.3 §5.
+    fn device_id(&self) -> u32;
+
+    /// Device-specific feature bits on offer (bits 0 to 23 and 50 to 127 of virtio 1.3 §2.2). The transport
+    /// adds the common ones.
+    fn features(&self) -> u64;
+
+    /// Largest size in descriptors of each queue; the length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// The configuration space, shared so that a vCPU can read it without this device's owner.
+    fn config_space(&self) -> Arc<ConfigSpace>;
+
+    /// Counters of this device.
+    fn counters(&self) -> Arc<Counters>;
+
+    /// The driver is ready and `features` are negotiated.
+    fn activate(&mut self, features: u64);
+
+    /// The driver notified `queue`. Serves at most what the loan's budget allows.
+    fn process(&mut self, queues: &mut Queues<'_>, queue: u16) -> Progress;
+
+    /// Host descriptors to watch while the device is active.
+    fn host_sources(&self) -> Vec<HostSource> {
+        Vec::new()
+    }
+
+    /// The descriptor named `token` became ready.
+    fn host_event(&mut self, _queues: &mut Queues<'_>, _token: u32) -> Progress {
+        Progress::Done
+    }
+
+    /// Forgets all that the driver did. Requests in flight are finished or dropped before this returns.
+    fn reset(&mut self);
+}
+
+/// Counts that every device keeps, readable from any thread while it works.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Requests or packets completed.
+    pub requests: AtomicU64,
+    /// Bytes moved from the host to the guest.
+    pub bytes_to_guest: AtomicU64,
+    /// Bytes moved from the guest to the host.
+    pub bytes_from_guest: AtomicU64,
+    /// Packets dropped, because the other side could not take them.
+    pub dropped: AtomicU64,
+    /// Requests that failed for a reason on the host.
+    pub host_errors: AtomicU64,
+    /// Requests that broke the specification.
+    pub guest_mistakes: AtomicU64,
+}
+
+impl Counters {
+    /// Adds `n` to one of the counters; order between counters does not matter.
+    pub fn add(counter: &AtomicU64, n: u64) {
+        counter.fetch_add(n, Ordering::Relaxed);
+    }
+}
+
+/// A device kind's configuration: plain data, and the way from data to a device.
+///
+/// One implementation per device file, named once in [`crate::registry`].
+pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOwned {
+    /// The kind's name: command line flag, `kind` in a configuration, prefix of its metrics.
+    const NAME: &'static str;
+
+    /// Syntax of the command line value, such as `path=FILE[,ro]`.
+    const SYNTAX: &'static str;
+
+    /// One line for `--help`.
+    const HELP: &'static str;
+
+    /// The key that a bare first value stands for (`--disk FILE` is `--disk path=FILE`), if any.
+    const BARE_KEY: Option<&'static str> = None;
+
+    /// Opens the host's side and makes the device. The error is a sentence for the operator.
+    fn open(&self) -> Result<Box<dyn VirtioDevice>, OpenError>;
+
+    /// What a Linux guest is to be told on its command line about the `nth` (from 0) device of this kind.
+    fn kernel_parameters(&self, _nth: usize) -> Option<String> {
+        None
+    }
+
+    /// A working device of this kind that needs neither root nor files of the user: conformance tests and
+    /// fuzz targets run on it.
+    #[cfg(any(test, feature = "specimen"))]
+    fn specimen() -> Box<dyn VirtioDevice>;
+}
+
+/// Why the host's side of a device could not be opened: one sentence that says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A file could not be opened or is of no use.
+    #[error("cannot open {what} '{path}': {reason}; {remedy}")]
+    File {
+        /// What the file is to the user, such as `disk`.
+        what: &'static str,
+        /// Its path as given.
+        path: String,
+        /// What is wrong, in a few words.
+        reason: String,
+        /// What to do about it.
+        remedy: &'static str,
+    },
+    /// A value does not fit.
+    #[error("{kind}: {problem}")]
+    Value {
+        /// The device kind.
+        kind: &'static str,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+}
+
+/// Something that concerns the whole machine, raised by a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MachineEvent {
+    /// The guest asked for a reset (keyboard controller, ACPI reset register).
+    Reset,
+    /// The guest asked to be switched off (ACPI sleep register, S5).
+    PowerOff,
+    /// The guest's kernel panicked (pvpanic, or its last words on the console).
+    Panicked,
+    /// The guest's init runs (a write to the boot port).
+    UserSpaceReached,
+    /// The guest's init reports the exit status of its command.
+    ExitStatus(u8),
+}
+
+/// Takes what devices have to say about the whole machine. Called on vCPU threads: it must not wait.
+pub trait MachineEvents: Send + Sync {
+    /// `event` happened.
+    fn raise(&self, event: MachineEvent);
+}

@@ -1,0 +1,254 @@
+//! The block device (virtio 1.3 §5.2) on a raw disk image or a block device of the host.
+//!
+//! A request goes through three steps: [`request`] reads it from its chain, [`file`] does it, and the device
+//! completes it. Today the second step is synchronous; an engine that is not needs no change to the others.
+
+mod file;
+mod request;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+};
+use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+
+use super::config_space::ConfigSpace;
+use super::queue::Queues;
+use crate::model::{Counters, DeviceKind, OpenError, Progress, VirtioDevice};
+use file::Disk;
+use request::{Operation, Request, Status};
+
+/// Bytes of a sector: the unit of capacity and of request addresses, whatever the disk's block size.
+pub const SECTOR: u64 = 512;
+
+/// Bytes of a disk's identity string (virtio 1.3 §5.2.6).
+const ID_BYTES: usize = 20;
+const QUEUE_SIZE: u16 = 256;
+/// Bytes moved after which other devices get a turn.
+const MAX_PER_CALL: usize = 16 << 20;
+
+/// Configuration of a disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Raw disk image, or a block device.
+    pub path: PathBuf,
+    /// The guest can only read it.
+    #[serde(default)]
+    pub ro: bool,
+    /// Up to 20 characters by which a guest finds it in /dev/disk/by-id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The guest's root file system is on it.
+    #[serde(default)]
+    pub root: bool,
+}
+
+impl DeviceKind for Config {
+    const NAME: &'static str = "disk";
+    const SYNTAX: &'static str = "path=FILE[,ro][,id=NAME]";
+    const HELP: &'static str = "A disk, from a raw image or a block device";
+    const BARE_KEY: Option<&'static str> = Some("path");
+
+    fn open(&self) -> Result<Box<dyn VirtioDevice>, OpenError> {
+        let id = self.id.as_deref().unwrap_or_default();
+        if id.len() > ID_BYTES || !id.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(OpenError::Value {
+                kind: Self::NAME,
+                problem: format!(
+                    "id '{id}' does not fit; use at most {ID_BYTES} ASCII characters without spaces"
+                ),
+            });
+        }
+        Ok(Box::new(Block::new(Disk::open(&self.path, self.ro)?, id)))
+    }
+
+    fn kernel_parameters(&self, nth: usize) -> Option<String> {
+        let mode = if self.ro { "ro" } else { "rw" };
+        self.root.then(|| format!("root=/dev/vd{} {mode}", letters(nth)))
+    }
+
+    #[cfg(any(test, feature = "specimen"))]
+    fn specimen() -> Box<dyn VirtioDevice> {
+        Box::new(Block::specimen(false))
+    }
+}
+
+impl Config {
+    /// A disk from the image at `path`, with nothing else chosen.
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.into(), ro: false, id: None, root: false }
+    }
+}
+
+/// How Linux names disk number `nth`: a to z, then aa, ab and so on.
+fn letters(nth: usize) -> String {
+    let last = char::from(b'a' + (nth % 26) as u8);
+    match nth / 26 {
+        0 => last.into(),
+        more => letters(more - 1) + &last.to_string(),
+    }
+}
+
+/// The block device.
+struct Block {
+    disk: Disk,
+    id: [u8; ID_BYTES],
+    /// The driver flushes by itself. Until it says so, a write is not done before it is on the disk.
+    driver_flushes: bool,
+    config: Arc<ConfigSpace>,
+    counters: Arc<Counters>,
+}
+
+impl Block {
+    fn new(disk: Disk, id: &str) -> Self {
+        let mut id_bytes = [0; ID_BYTES];
+        id_bytes[..id.len()].copy_from_slice(id.as_bytes());
+        let config = Arc::new(ConfigSpace::read_only(&config_bytes(disk.sectors())));
+        Self { disk, id: id_bytes, driver_flushes: false, config, counters: Arc::default() }
+    }
+
+    /// A disk of 1 MiB in memory, whose sectors hold their own number in every byte.
+    #[cfg(any(test, feature = "specimen"))]
+    fn specimen(ro: bool) -> Self {
+        Self::new(Disk::specimen(ro), "specimen")
+    }
+
+    /// Does one request, short of completing it.
+    fn serve(&self, request: &mut Request<'_>) -> Result<(), Failure> {
+        match request.operation {
+            Operation::Read { sector } => {
+                let bytes = request.to_guest.len();
+                self.disk.read(&mut request.to_guest, self.extent(sector, bytes)?)?;
+                Counters::add(&self.counters.bytes_to_guest, bytes as u64);
+            }
+            Operation::Write { sector } => {
+                let bytes = request.from_guest.len();
+                let offset = self.extent(sector, bytes)?;
+                // The driver may not have looked at VIRTIO_BLK_F_RO.
+                if self.disk.read_only() {
+                    return Err(Failure::Guest);
+                }
+                self.disk.write(&mut request.from_guest, offset)?;
+                if !self.driver_flushes {
+                    self.disk.flush()?;
+                }
+                Counters::add(&self.counters.bytes_from_guest, bytes as u64);
+            }
+            Operation::Flush => self.disk.flush()?,
+            Operation::GetId => _ = request.to_guest.write(&self.id),
+            Operation::Unsupported => return Err(Failure::Unsupported),
+        }
+        Ok(())
+    }
+
+    /// Where on the disk `bytes` bytes from `sector` are, if they are on it at all.
+    fn extent(&self, sector: u64, bytes: usize) -> Result<u64, Failure> {
+        let whole = (bytes as u64).is_multiple_of(SECTOR);
+        let end = sector.checked_add(bytes as u64 / SECTOR);
+        match end {
+            // The capacity is a file's size, so that an offset below it fits in 63 bits.
+            Some(end) if whole && end <= self.disk.sectors() => Ok(sector * SECTOR),
+            _ => Err(Failure::Guest),
+        }
+    }
+}
+
+/// Why a request failed.
+enum Failure {
+    /// It breaks the specification, or what the device offered.
+    Guest,
+    /// It is of a type that this device does not have, which a driver may well try.
+    Unsupported,
+    /// The host's file failed.
+    Host,
+}
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        tracing::debug!(%error, "a disk request failed on the host");
+        Self::Host
+    }
+}
+
+impl VirtioDevice for Block {
+    fn device_id(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn features(&self) -> u64 {
+        let ro = if self.disk.read_only() { 1 << VIRTIO_BLK_F_RO } else { 0 };
+        1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | ro
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn config_space(&self) -> Arc<ConfigSpace> {
+        self.config.clone()
+    }
+
+    fn counters(&self) -> Arc<Counters> {
+        self.counters.clone()
+    }
+
+    fn activate(&mut self, features: u64) {
+        self.driver_flushes = features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+    }
+
+    fn process(&mut self, queues: &mut Queues<'_>, queue: u16) -> Progress {
+        let mut queue = queues.get(queue);
+        let mut moved = 0;
+        while moved < MAX_PER_CALL {
+            let Some(chain) = queue.pop() else {
+                return if queue.exhausted() { Progress::More } else { Progress::Done };
+            };
+            let mut request = match Request::parse(chain) {
+                Ok(request) => request,
+                Err(head) => {
+                    queue.count_mistake();
+                    queue.push(head, 0);
+                    continue;
+                }
+            };
+            moved += request.bytes();
+            let status = match self.serve(&mut request) {
+                Ok(()) => Status::Ok,
+                Err(Failure::Unsupported) => Status::Unsupported,
+                Err(Failure::Guest) => {
+                    queue.count_mistake();
+                    Status::IoError
+                }
+                Err(Failure::Host) => {
+                    Counters::add(&self.counters.host_errors, 1);
+                    Status::IoError
+                }
+            };
+            Counters::add(&self.counters.requests, 1);
+            let (head, written) = request.complete(status);
+            queue.push(head, written);
+        }
+        Progress::More
+    }
+
+    fn reset(&mut self) {
+        self.driver_flushes = false;
+    }
+}
+
+/// struct virtio_blk_config (virtio 1.3 §5.2.4) up to the field that we use last, blk_size.
+fn config_bytes(sectors: u64) -> [u8; 24] {
+    let mut bytes = [0; 24];
+    bytes[..8].copy_from_slice(&sectors.to_le_bytes());
+    // seg_max: a request's chain also has a header and a status.
+    bytes[12..16].copy_from_slice(&(u32::from(QUEUE_SIZE) - 2).to_le_bytes());
+    bytes[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
+    bytes
+}
+
+#[cfg(test)]
+mod tests {}

@@ -1,0 +1,96 @@
+//! One block request (virtio 1.3 §5.2.6): from a chain, and back to it.
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+
+use crate::virtio::buffers::Buffers;
+use crate::virtio::queue::{Chain, Head};
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Fill the buffers that the device may write.
+    Read {
+        /// First sector.
+        sector: u64,
+    },
+    /// Store the buffers that the device may read.
+    Write {
+        /// First sector.
+        sector: u64,
+    },
+    /// Make all writes that were completed durable.
+    Flush,
+    /// Tell the disk's identity string.
+    GetId,
+    /// Something that the device does not do.
+    Unsupported,
+}
+
+/// How a request ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Status {
+    /// Done.
+    Ok = VIRTIO_BLK_S_OK as u8,
+    /// Failed, by the driver's fault or the host's.
+    IoError = VIRTIO_BLK_S_IOERR as u8,
+    /// Not a type of request that the device knows.
+    Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
+}
+
+/// A request that the device holds.
+#[derive(Debug)]
+pub struct Request<'m> {
+    /// What to do.
+    pub operation: Operation,
+    /// Data of a write.
+    pub from_guest: Buffers<'m>,
+    /// Room for the data of a read.
+    pub to_guest: Buffers<'m>,
+    status: Buffers<'m>,
+    head: Head,
+    /// Bytes that the device may write in all, the status included.
+    writable: u32,
+}
+
+impl<'m> Request<'m> {
+    /// Reads a request from its chain: a header of 16 bytes at the front of what is readable, and a status at
+    /// the end of what is writable, wherever descriptors begin and end (§2.7.4.2). A chain without either is no
+    /// request, and only its head is left of it.
+    pub fn parse(chain: Chain<'m>) -> Result<Self, Head> {
+        let Chain { head, readable: mut from_guest, writable: mut to_guest } = chain;
+        let mut header = [0; 16];
+        let writable = u32::try_from(to_guest.len()).unwrap_or(u32::MAX);
+        if from_guest.read(&mut header) < header.len() || to_guest.is_empty() {
+            return Err(head);
+        }
+        let status = to_guest.split_off(to_guest.len() - 1);
+        let [kind @ .., _, _, _, _, _, _, _, _, _, _, _, _] = header;
+        let [_, _, _, _, _, _, _, _, sector @ ..] = header;
+        let sector = u64::from_le_bytes(sector);
+        let operation = match u32::from_le_bytes(kind) {
+            VIRTIO_BLK_T_IN => Operation::Read { sector },
+            VIRTIO_BLK_T_OUT => Operation::Write { sector },
+            VIRTIO_BLK_T_FLUSH => Operation::Flush,
+            VIRTIO_BLK_T_GET_ID => Operation::GetId,
+            _ => Operation::Unsupported,
+        };
+        Ok(Self { operation, from_guest, to_guest, status, head, writable })
+    }
+
+    /// Bytes of data to be moved.
+    pub fn bytes(&self) -> usize {
+        self.from_guest.len() + self.to_guest.len()
+    }
+
+    /// Writes the status. What is left of the data is zeroed: the status is the last byte, so the length that
+    /// reports it reports all bytes before it as well (§2.7.8.2).
+    pub fn complete(mut self, status: Status) -> (Head, u32) {
+        self.to_guest.zero();
+        self.status.write(&[status as u8]);
+        (self.head, self.writable)
+    }
+}

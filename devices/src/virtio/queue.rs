@@ -1,0 +1,311 @@
+//! Virtqueues on loan: what a device may do with a queue during one call, and the guard around it.
+//!
+//! [`QueueCore`] is a queue's state between calls and belongs to whoever runs the device. For the length of a
+//! call it is lent out as a [`VirtQueue`], which bounds what a hostile driver can cause: chain length, bytes,
+//! chains per call, and a head index can only be in flight once.
+
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::buffers::Buffers;
+use crate::GuestMemory;
+use crate::model::ActivateError;
+
+/// Longest chain in descriptors that a device accepts: what one vectored system call takes (IOV_MAX).
+pub const MAX_CHAIN: usize = 1024;
+
+/// What a driver writes to a transport about one queue before it starts the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueConfig {
+    /// Largest size in descriptors on offer.
+    pub max_size: u16,
+    /// Size in descriptors that the driver chose.
+    pub size: u16,
+    /// The driver made the queue ready.
+    pub ready: bool,
+    /// Guest physical address of the descriptor area.
+    pub desc: u64,
+    /// Guest physical address of the driver area (available ring).
+    pub driver: u64,
+    /// Guest physical address of the device area (used ring).
+    pub device: u64,
+}
+
+impl QueueConfig {
+    /// A fresh queue of at most `max_size` descriptors.
+    pub fn new(max_size: u16) -> Self {
+        Self { max_size, size: max_size, ..Self::default() }
+    }
+}
+
+/// A way in which the driver broke a queue beyond use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The available index ran ahead by more than the queue's size.
+    AvailIndex,
+    /// A head index is not below the queue's size.
+    HeadIndex,
+    /// A head was made available again while the device still had it.
+    HeadInFlight,
+    /// A ring could not be read or written.
+    Memory,
+}
+
+/// The state of one active queue between calls.
+#[derive(Debug)]
+pub struct QueueCore {
+    ring: Queue,
+    /// A bit per head index that the device holds.
+    in_flight: Box<[u64]>,
+    /// Tells heads of this activation from heads of an earlier one.
+    epoch: u32,
+    fault: Option<Fault>,
+    mistakes: u64,
+    budget: u16,
+    pushed: bool,
+}
+
+/// The head of a chain that the device holds: handed back exactly once, in [`VirtQueue::push`].
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a head that is not pushed is lost to the driver"]
+pub struct Head {
+    index: u16,
+    epoch: u32,
+    writable: u32,
+}
+
+/// A chain of buffers that the driver made available.
+#[derive(Debug)]
+pub struct Chain<'m> {
+    /// To be pushed when the request is done.
+    pub head: Head,
+    /// What the device reads.
+    pub readable: Buffers<'m>,
+    /// What the device writes.
+    pub writable: Buffers<'m>,
+}
+
+impl QueueCore {
+    /// Starts a queue as the driver configured it, after checking everything that can be checked now.
+    /// `index` is for the error, `epoch` is to differ from that of the queue's previous life.
+    pub fn new(
+        index: u16,
+        config: &QueueConfig,
+        event_idx: bool,
+        epoch: u32,
+        mem: &GuestMemory,
+    ) -> Result<Self, ActivateError> {
+        let size_error =
+            || ActivateError::QueueSize { queue: index, size: config.size, max: config.max_size };
+        let address_error = |_| ActivateError::QueueAddress { queue: index };
+        let mut ring = Queue::new(config.max_size).map_err(|_| size_error())?;
+        ring.try_set_size(config.size).map_err(|_| size_error())?;
+        ring.try_set_desc_table_address(GuestAddress(config.desc)).map_err(address_error)?;
+        ring.try_set_avail_ring_address(GuestAddress(config.driver)).map_err(address_error)?;
+        ring.try_set_used_ring_address(GuestAddress(config.device)).map_err(address_error)?;
+        ring.set_event_idx(event_idx);
+        ring.set_ready(true);
+        // The crate takes an available ring at 0 for "not set", and would then refuse every pop.
+        if config.driver == 0 || !ring.is_valid(mem) {
+            return Err(ActivateError::QueueAddress { queue: index });
+        }
+        let in_flight = vec![0; usize::from(config.size).div_ceil(64)].into();
+        Ok(Self { ring, in_flight, epoch, fault: None, mistakes: 0, budget: 0, pushed: false })
+    }
+
+    /// How the driver broke this queue, if it did. It stays unusable until the device is reset.
+    pub fn fault(&self) -> Option<Fault> {
+        self.fault
+    }
+
+    /// Malformed chains since the last call of this.
+    pub fn take_mistakes(&mut self) -> u64 {
+        std::mem::take(&mut self.mistakes)
+    }
+
+    /// How many chains the device holds.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.iter().map(|word| word.count_ones()).sum()
+    }
+
+    /// Whether the driver is to be interrupted for what was pushed since the last call of this.
+    pub fn take_notification(&mut self, mem: &GuestMemory) -> bool {
+        if !std::mem::take(&mut self.pushed) || self.fault.is_some() {
+            return false;
+        }
+        if !self.ring.event_idx_enabled() {
+            // The used index must be visible before the flag is read (virtio 1.3 §2.7.7.2).
+            fence(Ordering::SeqCst);
+            let flags: Result<u16, _> = mem.load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed);
+            return match flags {
+                Ok(flags) => u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0,
+                Err(_) => self.break_with(Fault::Memory),
+            };
+        }
+        match self.ring.needs_notification(mem) {
+            Ok(needed) => needed,
+            Err(_) => self.break_with(Fault::Memory),
+        }
+    }
+
+    /// Asks the driver not to kick while the queue is being served anyway.
+    pub fn disable_kicks(&mut self, mem: &GuestMemory) {
+        if self.fault.is_none() && self.ring.disable_notification(mem).is_err() {
+            self.break_with(Fault::Memory);
+        }
+    }
+
+    /// Asks for kicks again. Returns whether chains came in meanwhile, which no kick will announce.
+    pub fn enable_kicks(&mut self, mem: &GuestMemory) -> bool {
+        if self.fault.is_some() {
+            return false;
+        }
+        match self.ring.enable_notification(mem) {
+            Ok(more) => more,
+            Err(_) => self.break_with(Fault::Memory),
+        }
+    }
+
+    /// Where the device is in the available ring: moves when a chain is popped.
+    pub fn position(&self) -> u16 {
+        self.ring.next_avail()
+    }
+
+    /// Records that the driver broke the queue; always false, for the callers' convenience.
+    fn break_with(&mut self, fault: Fault) -> bool {
+        self.fault.get_or_insert(fault);
+        false
+    }
+
+    fn flight_bit(&mut self, index: u16) -> (&mut u64, u64) {
+        (&mut self.in_flight[usize::from(index / 64)], 1 << (index % 64))
+    }
+
+    /// The driver may not use `head` again before this: clears its bit and writes the used ring.
+    fn push(&mut self, mem: &GuestMemory, head: Head, written: u32) {
+        if head.epoch != self.epoch || self.fault.is_some() {
+            return;
+        }
+        let (word, bit) = self.flight_bit(head.index);
+        *word &= !bit;
+        match self.ring.add_used(mem, head.index, written.min(head.writable)) {
+            Ok(()) => self.pushed = true,
+            Err(_) => _ = self.break_with(Fault::Memory),
+        }
+    }
+}
+
+/// All queues of a device on loan for one call.
+#[derive(Debug)]
+pub struct Queues<'a> {
+    cores: &'a mut [QueueCore],
+    mem: &'a GuestMemory,
+}
+
+impl<'a> Queues<'a> {
+    /// Lends `cores` out, each with a fresh budget of as many chains as it has descriptors.
+    pub fn lend(cores: &'a mut [QueueCore], mem: &'a GuestMemory) -> Self {
+        for core in cores.iter_mut() {
+            core.budget = core.ring.size();
+        }
+        Self { cores, mem }
+    }
+
+    /// Queue number `index`.
+    ///
+    /// # Panics
+    /// When the device has no such queue: the device names its own queues, never the driver.
+    pub fn get(&mut self, index: u16) -> VirtQueue<'_> {
+        VirtQueue { core: &mut self.cores[usize::from(index)], mem: self.mem }
+    }
+}
+
+/// A queue on loan for one call.
+#[derive(Debug)]
+pub struct VirtQueue<'a> {
+    core: &'a mut QueueCore,
+    mem: &'a GuestMemory,
+}
+
+impl<'a> VirtQueue<'a> {
+    /// Takes the next chain. `None`: there is none, this call's budget is used up, or the queue is broken.
+    ///
+    /// A malformed chain never gets here: it is given back with length 0 and counted.
+    pub fn pop(&mut self) -> Option<Chain<'a>> {
+        loop {
+            if self.core.fault.is_some() || self.core.budget == 0 {
+                return None;
+            }
+            let mut descriptors = match self.core.ring.iter(self.mem) {
+                Ok(mut available) => available.next()?,
+                Err(virtio_queue::Error::InvalidAvailRingIndex) => {
+                    self.core.break_with(Fault::AvailIndex);
+                    return None;
+                }
+                Err(_) => {
+                    self.core.break_with(Fault::Memory);
+                    return None;
+                }
+            };
+            self.core.budget -= 1;
+            let index = descriptors.head_index();
+            if index >= self.core.ring.size() {
+                self.core.break_with(Fault::HeadIndex);
+                return None;
+            }
+            let (word, bit) = self.core.flight_bit(index);
+            if *word & bit != 0 {
+                self.core.break_with(Fault::HeadInFlight);
+                return None;
+            }
+            *word |= bit;
+            let head = Head { index, epoch: self.core.epoch, writable: 0 };
+            match Buffers::of_chain(&mut descriptors, self.mem) {
+                Some((readable, writable)) => {
+                    let writable_len = u32::try_from(writable.len()).unwrap_or(u32::MAX);
+                    return Some(Chain { head: Head { writable: writable_len, ..head }, readable, writable });
+                }
+                None => {
+                    self.core.mistakes += 1;
+                    self.core.push(self.mem, head, 0);
+                }
+            }
+        }
+    }
+
+    /// Puts the chain that was popped last back, as if it had not been popped.
+    pub fn unpop(&mut self, chain: Chain<'a>) {
+        if chain.head.epoch != self.core.epoch || self.core.fault.is_some() {
+            return;
+        }
+        let (word, bit) = self.core.flight_bit(chain.head.index);
+        *word &= !bit;
+        self.core.ring.go_to_previous_position();
+        self.core.budget += 1;
+    }
+
+    /// Gives a chain back to the driver, with the number of bytes written to it from its start.
+    ///
+    /// More than the chain has room for is never reported. A head from before a reset is ignored.
+    pub fn push(&mut self, head: Head, written: u32) {
+        self.core.push(self.mem, head, written);
+    }
+
+    /// Counts a request that broke the specification in a way that only the device can see.
+    pub fn count_mistake(&mut self) {
+        self.core.mistakes += 1;
+    }
+
+    /// How many chains this call may still take.
+    pub fn budget(&self) -> u16 {
+        self.core.budget
+    }
+
+    /// Whether the budget of this call is used up, so that chains may be left.
+    pub fn exhausted(&self) -> bool {
+        self.core.budget == 0
+    }
+}

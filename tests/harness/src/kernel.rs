@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-use crate::debian_kernel::DebianKernel;
+use crate::debian::DebianKernel;
 use crate::place::{Needs, Place};
 
 /// What a guest boots.

@@ -19,13 +19,14 @@ use anyhow::{Context, Result};
 pub mod binaries;
 pub mod cache;
 pub mod command;
-pub mod debian_kernel;
+pub mod debian;
 pub mod lab;
 pub mod net;
 pub mod packages;
 pub mod process;
 pub mod report;
 
+mod cpio;
 mod disk;
 mod guest;
 mod kernel;

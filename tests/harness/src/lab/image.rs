@@ -7,8 +7,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use crate::debian_kernel::DebianKernel;
-use crate::{binaries, cache, command, packages};
+use crate::debian::DebianKernel;
+use crate::{binaries, cache, command, cpio, packages};
 
 /// Installed on the build machine, for the lab.
 const PACKAGES: [&str; 5] = ["qemu-system-x86", "busybox-static", "e2fsprogs", "cpio", "iproute2"];
@@ -70,7 +70,7 @@ fn build(kernel: &DebianKernel, agent: &Path, dir: &Path) -> Result<()> {
     kernel.install_modules(&MORE_MODULES, root)?;
     let depmod = packages::find_program("depmod")?;
     command::run(Command::new(depmod).arg("-b").arg(root).arg(&kernel.release))?;
-    pack(root, &dir.join("initrd.img"))
+    cpio::pack(root, &dir.join("initrd.img"))
 }
 
 /// Copies a program and the shared libraries that it is linked with.
@@ -84,9 +84,4 @@ fn copy_program(name: &str, root: &Path) -> Result<()> {
         fs::copy(library, target).with_context(|| format!("copy {library}"))?;
     }
     Ok(())
-}
-
-fn pack(root: &Path, to: &Path) -> Result<()> {
-    let line = "find . -print0 | cpio --quiet --null --create --format=newc --owner=+0:+0 > \"$1\"";
-    command::run(Command::new("sh").args(["-c", line, "sh"]).arg(to).current_dir(root))
 }

@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::{cache, command, packages};
 
@@ -49,10 +49,10 @@ impl DebianKernel {
         for name in names {
             if let Some(path) = order.find(name) {
                 order.add(path);
-            } else {
-                let known = builtin.lines().any(|path| module_name(path) == name.replace('-', "_"));
-                anyhow::ensure!(known, "the Debian kernel {} has no module '{name}'", self.release);
+                continue;
             }
+            let built_in = builtin.lines().any(|path| module_name(path) == name.replace('-', "_"));
+            ensure!(built_in, "Debian's kernel {} has no module '{name}'", self.release);
         }
         let paths = order.paths;
         paths.into_iter().map(|path| self.install_module(&dir, path, into)).collect()

@@ -145,6 +145,31 @@ pub trait VirtioDevice: Send {
     fn reset(&mut self);
 }
 
+/// What a transport shows of a device, apart from the device itself.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// See [`VirtioDevice::device_id`].
+    pub id: u32,
+    /// See [`VirtioDevice::features`].
+    pub features: u64,
+    /// See [`VirtioDevice::queue_sizes`].
+    pub queue_sizes: Vec<u16>,
+    /// See [`VirtioDevice::config_space`].
+    pub config: Arc<ConfigSpace>,
+}
+
+impl Identity {
+    /// The identity of `device`.
+    pub fn of(device: &dyn VirtioDevice) -> Self {
+        Self {
+            id: device.device_id(),
+            features: device.features(),
+            queue_sizes: device.queue_sizes().to_vec(),
+            config: device.config_space(),
+        }
+    }
+}
+
 /// Counts that every device keeps, readable from any thread while it works.
 #[derive(Debug, Default)]
 pub struct Counters {

@@ -1,1 +1,31 @@
-//! vmm-core
+//! The machine: guest memory, vCPUs, boot protocols, buses, interrupts, event loops and the virtual machine's
+//! state, over KVM.
+//!
+//! A program that runs guests needs three names: [`VmConfig`] says what the machine is, [`Vm::builder`] makes
+//! it, and [`Vm`] is the handle to it. Several can live in one process. Nothing here prints, exits, installs a
+//! logger or a signal handler, or reads the environment.
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("vmm-core has no other architecture than x86_64 yet; see vmm-core/src/x86_64");
+
+pub mod bus;
+pub mod config;
+pub mod console;
+pub mod diagnosis;
+pub mod hypervisor;
+pub mod memory;
+pub mod runner;
+pub mod state;
+pub mod vcpu;
+pub mod x86_64;
+
+mod builder;
+mod machine;
+mod vm;
+
+pub use builder::{BuildError, VmBuilder};
+pub use config::VmConfig;
+pub use devices;
+pub use machine::{Milestone, Milestones};
+pub use state::{StopReason, VmState};
+pub use vm::{Vm, VmError};

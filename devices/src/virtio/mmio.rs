@@ -7,7 +7,7 @@ use tracing::debug;
 
 use super::config_space::ConfigSpace;
 use super::registers::{Registers, Ring, Status, StatusAction};
-use crate::model::{BusDevice, DeviceHost, IrqLine, Notifier, VirtioDevice};
+use crate::model::{BusDevice, DeviceHost, Identity, IrqLine, Notifier, VirtioDevice};
 
 /// Bytes of address space of one device.
 pub const SIZE: u64 = 0x1000;
@@ -71,10 +71,15 @@ pub struct MmioTransport {
 impl MmioTransport {
     /// The transport of `device`, which `host` owns.
     pub fn new(device: &dyn VirtioDevice, notifier: Arc<MmioNotifier>, host: Arc<dyn DeviceHost>) -> Self {
+        Self::of(Identity::of(device), notifier, host)
+    }
+
+    /// The transport of the device with this identity, which has already moved to its `host`.
+    pub fn of(device: Identity, notifier: Arc<MmioNotifier>, host: Arc<dyn DeviceHost>) -> Self {
         Self {
-            device_id: device.device_id(),
-            registers: Mutex::new(Registers::new(device.features(), device.queue_sizes())),
-            config: device.config_space(),
+            device_id: device.id,
+            registers: Mutex::new(Registers::new(device.features, &device.queue_sizes)),
+            config: device.config,
             notifier,
             host,
         }

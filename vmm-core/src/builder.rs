@@ -1,0 +1,276 @@
+//! From a configuration to a machine.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
+
+use devices::legacy::boot::BootPort;
+use devices::legacy::cmos::Cmos;
+use devices::legacy::i8042::I8042;
+use devices::legacy::power::PowerRegisters;
+use devices::legacy::pvpanic::PvPanic;
+use devices::legacy::serial::SerialPort;
+use devices::model::{Identity, MachineEvents, OpenError, VirtioDevice};
+use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
+
+use crate::bus::Overlap;
+use crate::config::{ConfigError, SERIAL_FILE_MAX, SerialConfig, VmConfig};
+use crate::console::{self, ConsoleInput, LimitedFile, WhenFull};
+use crate::hypervisor::kvm::KvmHypervisor;
+use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
+use crate::machine::{Inbox, Machine, Milestone, Milestones};
+use crate::memory::{GuestRam, RamError};
+use crate::runner::{Runner, RunnerError, UnitHandle};
+use crate::vcpu::Buses;
+use crate::vm::{Message, Vm};
+use crate::x86_64::kernel::{self, Kernel, KernelError};
+use crate::x86_64::{MmioSlot, acpi, cpu, cpuid, layout, mptable};
+
+/// A machine that could not be built: a sentence for the operator. Nothing is left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The configuration is not possible.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The hypervisor is missing or failed.
+    #[error(transparent)]
+    Hypervisor(#[from] HvError),
+    /// Guest memory could not be mapped.
+    #[error(transparent)]
+    Memory(#[from] RamError),
+    /// Kernel or initrd could not be loaded.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The host's side of a device could not be opened.
+    #[error(transparent)]
+    Device(#[from] OpenError),
+    /// The devices' event loop could not be started.
+    #[error(transparent)]
+    Runner(#[from] RunnerError),
+    /// Two devices claim one address: a mistake in the layout.
+    #[error(transparent)]
+    Layout(#[from] Overlap),
+    /// The console's file could not be made.
+    #[error("cannot write the console to '{path}': {source}", path = path.display())]
+    Console {
+        /// Its path as given.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The control thread could not be started.
+    #[error("cannot start the control thread: {0}")]
+    Thread(io::Error),
+}
+
+/// Builds a [`Vm`].
+pub struct VmBuilder {
+    config: VmConfig,
+    hypervisor: Option<Box<dyn Hypervisor>>,
+    when_full: WhenFull,
+}
+
+impl VmBuilder {
+    pub(crate) fn new(config: VmConfig) -> Self {
+        Self { config, hypervisor: None, when_full: WhenFull::default() }
+    }
+
+    /// Uses `hypervisor` in place of KVM.
+    pub fn hypervisor(mut self, hypervisor: Box<dyn Hypervisor>) -> Self {
+        self.hypervisor = Some(hypervisor);
+        self
+    }
+
+    /// What happens when nobody reads the guest's console.
+    pub fn console_when_full(mut self, when_full: WhenFull) -> Self {
+        self.when_full = when_full;
+        self
+    }
+
+    /// Opens everything that the configuration names and makes the machine, which is then
+    /// [`crate::VmState::Created`].
+    pub fn build(self) -> Result<Vm, BuildError> {
+        self.config.validate()?;
+        let kernel_path = self.config.kernel.clone().ok_or(ConfigError::NoKernel)?;
+        let milestones = Arc::new(Milestones::new());
+        let (control, messages) = mpsc::channel();
+        let inbox = Arc::new(Inbox::new(control.clone(), milestones.clone()));
+        let hypervisor = match self.hypervisor {
+            Some(hypervisor) => hypervisor,
+            None => Box::new(KvmHypervisor::open()?),
+        };
+        let config = self.config;
+        let devices = config.devices.iter().map(|device| device.open()).collect::<Result<Vec<_>, _>>()?;
+
+        let ram = GuestRam::new(config.memory.0)?;
+        let kernel = kernel::load(ram.memory(), &kernel_path, config.boot_protocol)?;
+        let initrd = config.initrd.as_deref();
+        let initrd = initrd.map(|path| kernel::load_initrd(ram.memory(), path, &kernel)).transpose()?;
+        milestones.reach(Milestone::KernelLoaded);
+
+        let vm = hypervisor.create_vm()?;
+        vm.map_memory(&ram)?;
+        // A kernel with ACPI believes that there is no i8254, one without may calibrate its clocks with it.
+        vm.create_irqchip(!kernel.finds_virtio_by_acpi)?;
+        milestones.reach(Milestone::VmCreated);
+
+        let mut parts = Parts { vm, ram, control, inbox, buses: Buses::default() };
+        let (output, console, console_output) = console::output(self.when_full);
+        let console_input = parts.add_legacy(open_serial(&config.serial, output)?)?;
+        let (runner, slots, units) = parts.add_virtio(devices)?;
+        parts.describe(&config, &kernel, initrd, &slots)?;
+        let idle = parts.create_vcpus(&*hypervisor, &config, &kernel)?;
+
+        let power_button = parts.vm.irq_line(layout::GED_IRQ)?;
+        let Parts { vm, control, inbox, buses, .. } = parts;
+        let machine = Machine {
+            idle,
+            running: Vec::new(),
+            units,
+            runner,
+            buses: Arc::new(buses),
+            power_button,
+            console_input,
+            console_output,
+            milestones,
+            control,
+            _vm: vm,
+        };
+        Vm::run(machine, console, inbox, messages).map_err(BuildError::Thread)
+    }
+}
+
+/// Where the serial port writes.
+fn open_serial(
+    config: &SerialConfig,
+    output: console::OutputWriter,
+) -> Result<Box<dyn Write + Send>, BuildError> {
+    match config {
+        SerialConfig::Stdio => Ok(Box::new(output)),
+        SerialConfig::Null => Ok(Box::new(io::sink())),
+        SerialConfig::File(path) => {
+            let file =
+                File::create(path).map_err(|source| BuildError::Console { path: path.clone(), source })?;
+            Ok(Box::new(LimitedFile::new(file, SERIAL_FILE_MAX)))
+        }
+    }
+}
+
+/// A machine in the making.
+struct Parts {
+    vm: Arc<dyn HvVm>,
+    ram: GuestRam,
+    control: Sender<Message>,
+    inbox: Arc<Inbox>,
+    buses: Buses,
+}
+
+impl Parts {
+    /// Puts the few pieces of a PC on the port bus; returns the console's input.
+    fn add_legacy(&mut self, output: Box<dyn Write + Send>) -> Result<ConsoleInput, BuildError> {
+        let input = ConsoleInput::default();
+        let pump = {
+            let input = input.clone();
+            Box::new(move || input.pump())
+        };
+        let events: Arc<dyn MachineEvents> = self.inbox.clone();
+        let line = self.vm.irq_line(layout::COM1_IRQ)?;
+        let serial = Arc::new(SerialPort::new(line, events.clone(), output, pump));
+        input.connect(&serial);
+        let pio = &mut self.buses.pio;
+        pio.insert(layout::COM1_PORT.into(), layout::COM1_LEN.into(), serial)?;
+        let i8042 = Arc::new(I8042::new(events.clone()));
+        pio.insert(layout::I8042_PORT.into(), layout::I8042_LEN.into(), i8042)?;
+        pio.insert(layout::CMOS_PORT.into(), layout::CMOS_LEN.into(), Arc::new(Cmos::new()))?;
+        let pvpanic = Arc::new(PvPanic::new(events.clone()));
+        pio.insert(layout::PVPANIC_PORT.into(), 1, pvpanic)?;
+        let power = Arc::new(PowerRegisters::new(events.clone()));
+        pio.insert(layout::POWER_PORT.into(), layout::POWER_LEN.into(), power)?;
+        let boot = Arc::new(BootPort::new(events));
+        pio.insert(layout::BOOT_PORT.into(), layout::BOOT_LEN.into(), boot)?;
+        Ok(input)
+    }
+
+    /// Puts virtio devices on a runner and on the MMIO bus.
+    fn add_virtio(&mut self, devices: Vec<Box<dyn VirtioDevice>>) -> Result<Virtio, BuildError> {
+        if devices.is_empty() {
+            return Ok((None, Vec::new(), Vec::new()));
+        }
+        let control = self.control.clone();
+        // The machine holds the runner, and a sender of the runner's would keep the machine's channel open.
+        let runner = Runner::start("virtio", move || {
+            _ = control.send(Message::ThreadPanicked("virtio".into()));
+        })?;
+        let (mut slots, mut units) = (Vec::new(), Vec::new());
+        let places = (layout::VIRTIO_MMIO..).step_by(mmio::SIZE as usize).zip(layout::DEVICE_IRQS);
+        for (device, (addr, &irq)) in devices.into_iter().zip(places) {
+            let slot = MmioSlot { addr, len: mmio::SIZE, irq };
+            units.push(self.add_device(&runner, device, slot)?);
+            slots.push(slot);
+        }
+        Ok((Some(runner), slots, units))
+    }
+
+    fn add_device(
+        &mut self,
+        runner: &Runner,
+        device: Box<dyn VirtioDevice>,
+        slot: MmioSlot,
+    ) -> Result<Arc<UnitHandle>, BuildError> {
+        let notifier = MmioNotifier::new(self.vm.irq_line(slot.irq)?);
+        let identity = Identity::of(&*device);
+        let unit = runner.add(device, notifier.clone(), self.ram.memory().clone())?;
+        for (queue, event) in unit.kicks().iter().enumerate() {
+            self.vm.signal_on_write(slot.addr + mmio::QUEUE_NOTIFY, queue as u32, event)?;
+        }
+        let transport = MmioTransport::of(identity, notifier, unit.clone());
+        self.buses.mmio.insert(slot.addr, slot.len, Arc::new(transport))?;
+        Ok(unit)
+    }
+
+    /// Writes everything that tells the guest's kernel what machine it is on.
+    fn describe(
+        &self,
+        config: &VmConfig,
+        kernel: &Kernel,
+        initrd: Option<kernel::Initrd>,
+        slots: &[MmioSlot],
+    ) -> Result<(), BuildError> {
+        let mem = self.ram.memory();
+        let devices: Vec<String> = match kernel.finds_virtio_by_acpi {
+            true => Vec::new(),
+            false => slots
+                .iter()
+                .map(|slot| format!("virtio_mmio.device={}@{:#x}:{}", slot.len, slot.addr, slot.irq))
+                .collect(),
+        };
+        let cmdline = config.kernel_command_line(&devices)?;
+        kernel::write_parameters(mem, kernel, initrd, &cmdline)?;
+        kernel::write_table(mem, layout::MP_TABLE, &mptable::build(config.cpus))?;
+        kernel::write_table(mem, layout::ACPI, &acpi::build(config.cpus, slots))?;
+        cpu::write_boot_structures(mem, kernel.entry.protocol).map_err(KernelError::Memory)?;
+        Ok(())
+    }
+
+    fn create_vcpus(
+        &self,
+        hypervisor: &dyn Hypervisor,
+        config: &VmConfig,
+        kernel: &Kernel,
+    ) -> Result<Vec<Box<dyn Vcpu>>, BuildError> {
+        let supported = hypervisor.supported_cpuid()?;
+        (0..config.cpus)
+            .map(|id| {
+                let mut vcpu = self.vm.create_vcpu(id)?;
+                let entry = (id == 0).then_some(&kernel.entry);
+                cpu::setup(&mut *vcpu, &cpuid::for_vcpu(&supported, id, config.cpus), entry)?;
+                Ok(vcpu)
+            })
+            .collect()
+    }
+}
+
+/// What [`Parts::add_virtio`] makes.
+type Virtio = (Option<Runner>, Vec<MmioSlot>, Vec<Arc<UnitHandle>>);

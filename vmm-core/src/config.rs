@@ -1,0 +1,246 @@
+//! What a machine is: plain data, the same for command line, configuration file, API and snapshot manifest.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use devices::registry::DeviceConfig;
+use devices::size::ByteSize;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+pub use crate::x86_64::kernel::BootProtocol;
+use crate::x86_64::layout;
+
+/// RAM of a machine that does not say.
+pub const DEFAULT_MEMORY: ByteSize = ByteSize(256 << 20);
+
+/// Kernel command line of a machine that does not say: serial console, few messages, and a guest that ends
+/// (instead of hanging) when it panics or reboots.
+pub const DEFAULT_CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1";
+
+/// A machine, before it is built.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmConfig {
+    /// Kernel: an ELF vmlinux or a bzImage. [`crate::Vm`] needs one; the command fills in its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line in place of [`DEFAULT_CMDLINE`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cmdline: Option<String>,
+    /// What to add to the kernel command line. After ` -- ` it goes to the guest's init.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub append: Option<String>,
+    /// How the kernel is entered.
+    pub boot_protocol: BootProtocol,
+    /// Number of vCPUs, 1 to 32.
+    pub cpus: u8,
+    /// RAM, in whole pages of 4 KiB. What lies beyond the MMIO gap goes above 4 GiB.
+    pub memory: ByteSize,
+    /// Where the guest's console goes.
+    pub serial: SerialConfig,
+    /// Virtio devices, in the order in which the guest finds them.
+    pub devices: Vec<DeviceConfig>,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            initrd: None,
+            cmdline: None,
+            append: None,
+            boot_protocol: BootProtocol::default(),
+            cpus: 1,
+            memory: DEFAULT_MEMORY,
+            serial: SerialConfig::default(),
+            devices: Vec::new(),
+        }
+    }
+}
+
+/// Where the guest's first serial port goes. Written as `stdio`, `null` or `file=PATH`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SerialConfig {
+    /// To whoever runs the machine: the command's terminal, or [`crate::Vm::take_console`].
+    #[default]
+    Stdio,
+    /// Nowhere.
+    Null,
+    /// To a file, of which at most [`SERIAL_FILE_MAX`] bytes are written.
+    File(PathBuf),
+}
+
+/// Most bytes that a guest can make its console file grow to.
+pub const SERIAL_FILE_MAX: u64 = 64 << 20;
+
+impl FromStr for SerialConfig {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match (text, text.split_once('=')) {
+            ("stdio", _) => Ok(Self::Stdio),
+            ("null", _) => Ok(Self::Null),
+            (_, Some(("file", path))) if !path.is_empty() => Ok(Self::File(path.into())),
+            _ => Err(format!("'{text}' is no serial port; use stdio, null or file=PATH")),
+        }
+    }
+}
+
+impl fmt::Display for SerialConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdio => f.write_str("stdio"),
+            Self::Null => f.write_str("null"),
+            Self::File(path) => write!(f, "file={}", path.display()),
+        }
+    }
+}
+
+impl Serialize for SerialConfig {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for SerialConfig {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(de::Error::custom)
+    }
+}
+
+/// A configuration that no machine can be built from: a sentence for the operator.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// No kernel is given.
+    #[error("no kernel is given; pass --kernel PATH")]
+    NoKernel,
+    /// Number of vCPUs out of range.
+    #[error("{cpus} vCPUs are not possible; give --cpus 1 to {max}", max = layout::MAX_CPUS)]
+    Cpus {
+        /// Number asked for.
+        cpus: u8,
+    },
+    /// RAM out of range.
+    #[error("{memory} of memory are not possible; give --memory {min} to {max}, in multiples of 4K",
+        min = ByteSize(layout::MIN_RAM), max = ByteSize(layout::MAX_RAM))]
+    Memory {
+        /// Size asked for.
+        memory: ByteSize,
+    },
+    /// The command line is too long or has control characters.
+    #[error("the kernel command line {problem}")]
+    Cmdline {
+        /// What is wrong and what is allowed.
+        problem: String,
+    },
+    /// More devices than interrupts.
+    #[error("{count} devices are too many; {max} is the limit", max = layout::DEVICE_IRQS.len())]
+    TooManyDevices {
+        /// Number of devices.
+        count: usize,
+    },
+}
+
+impl VmConfig {
+    /// Checks everything that can be checked without opening anything.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.kernel.is_none() {
+            return Err(ConfigError::NoKernel);
+        }
+        if !(1..=layout::MAX_CPUS).contains(&self.cpus) {
+            return Err(ConfigError::Cpus { cpus: self.cpus });
+        }
+        let bytes = self.memory.0;
+        if !(layout::MIN_RAM..=layout::MAX_RAM).contains(&bytes) || !bytes.is_multiple_of(4096) {
+            return Err(ConfigError::Memory { memory: self.memory });
+        }
+        if self.devices.len() > layout::DEVICE_IRQS.len() {
+            return Err(ConfigError::TooManyDevices { count: self.devices.len() });
+        }
+        self.kernel_command_line(&[]).map(|_| ())
+    }
+
+    /// The kernel command line of this machine: base, then what `devices` (the machine's own parameters) and
+    /// each device add, then [`Self::append`].
+    pub fn kernel_command_line(&self, devices: &[String]) -> Result<String, ConfigError> {
+        let base = self.cmdline.as_deref().unwrap_or(DEFAULT_CMDLINE);
+        // What follows ` -- ` belongs to init, so parameters go before it.
+        let (base, init_args) = match base.split_once(" -- ") {
+            Some((base, args)) => (base, Some(args)),
+            None => (base, None),
+        };
+        let mut words = vec![base.trim().to_owned()];
+        for (i, device) in self.devices.iter().enumerate() {
+            let nth = self.devices[..i].iter().filter(|other| other.kind() == device.kind()).count();
+            words.extend(device.kernel_parameters(nth));
+        }
+        words.extend(devices.iter().cloned());
+        words.extend(self.append.as_deref().map(|append| append.trim().to_owned()));
+        words.extend(init_args.map(|args| format!("-- {args}")));
+        words.retain(|word| !word.is_empty());
+        let line = words.join(" ");
+        let problem = if line.len() >= layout::CMDLINE_MAX {
+            format!("has {} bytes; {} is the limit", line.len(), layout::CMDLINE_MAX - 1)
+        } else if line.contains(['\0', '\n', '\r']) {
+            "has a line break or a NUL in it; leave it out".into()
+        } else {
+            return Ok(line);
+        };
+        Err(ConfigError::Cmdline { problem })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig { kernel: Some("vmlinux".into()), ..VmConfig::default() }
+    }
+
+    #[test]
+    fn limits_are_checked() {
+        assert_eq!(config().validate(), Ok(()));
+        let cases = [
+            (VmConfig::default(), "no kernel is given; pass --kernel PATH"),
+            (VmConfig { cpus: 0, ..config() }, "0 vCPUs are not possible; give --cpus 1 to 32"),
+            (VmConfig { cpus: 33, ..config() }, "33 vCPUs are not possible; give --cpus 1 to 32"),
+            (
+                VmConfig { memory: ByteSize(1 << 20), ..config() },
+                "1M of memory are not possible; give --memory 4M to 1T, in multiples of 4K",
+            ),
+            (
+                VmConfig { append: Some("x".repeat(2048)), ..config() },
+                "the kernel command line has 2086 bytes; 2047 is the limit",
+            ),
+        ];
+        for (config, want) in cases {
+            assert_eq!(config.validate().unwrap_err().to_string(), want);
+        }
+    }
+
+    #[test]
+    fn parameters_go_before_the_arguments_of_init() {
+        let config = VmConfig {
+            cmdline: Some("console=ttyS0 -- sh".into()),
+            append: Some("quiet".into()),
+            ..config()
+        };
+        let line = config.kernel_command_line(&["virtio_mmio.device=4K@0xd0000000:5".into()]).unwrap();
+        assert_eq!(line, "console=ttyS0 virtio_mmio.device=4K@0xd0000000:5 quiet -- sh");
+    }
+
+    #[test]
+    fn serial_round_trips() {
+        for text in ["stdio", "null", "file=/tmp/a=b"] {
+            assert_eq!(text.parse::<SerialConfig>().unwrap().to_string(), text);
+        }
+        for text in ["", "file=", "tty", "stdio,x"] {
+            assert!(text.parse::<SerialConfig>().is_err(), "{text}");
+        }
+    }
+}

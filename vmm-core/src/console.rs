@@ -1,0 +1,272 @@
+//! The guest's console as two streams of bytes, with no terminal assumed.
+//!
+//! Output goes through a bounded buffer: when nobody reads, either the oldest bytes are lost (and counted) or
+//! the guest waits. Input waits in a bounded buffer until the guest's driver listens.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
+
+use devices::legacy::serial::SerialPort;
+
+/// Bytes of output that wait for a reader.
+pub const OUTPUT_BUFFER: usize = 256 << 10;
+/// Bytes of input that wait for the guest.
+pub const INPUT_BUFFER: usize = 16 << 10;
+
+/// What happens to output when the buffer is full.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenFull {
+    /// The oldest bytes are dropped and counted: for readers that may never come.
+    #[default]
+    DropOldest,
+    /// The guest waits: for a reader that must see every byte.
+    Wait,
+}
+
+#[derive(Default)]
+struct Output {
+    bytes: VecDeque<u8>,
+    dropped: u64,
+    closed: bool,
+}
+
+/// The buffer between the serial port and the reader of its output.
+#[derive(Default)]
+struct OutputBuffer {
+    state: Mutex<Output>,
+    changed: Condvar,
+    when_full: WhenFull,
+}
+
+impl OutputBuffer {
+    fn lock(&self) -> MutexGuard<'_, Output> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// The serial port's end of the output.
+pub(crate) struct OutputWriter(Arc<OutputBuffer>);
+
+impl Write for OutputWriter {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let mut state = self.0.lock();
+        while self.0.when_full == WhenFull::Wait && state.bytes.len() >= OUTPUT_BUFFER && !state.closed {
+            state = self.0.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        if state.closed {
+            return Ok(data.len());
+        }
+        if state.bytes.is_empty() {
+            self.0.changed.notify_all();
+        }
+        state.bytes.extend(data);
+        let excess = state.bytes.len().saturating_sub(OUTPUT_BUFFER);
+        if self.0.when_full == WhenFull::DropOldest && excess > 0 {
+            state.bytes.drain(..excess);
+            state.dropped += excess as u64;
+        }
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Ends the output: readers see the rest and then the end, and the guest no longer waits for them.
+pub(crate) struct OutputCloser(Arc<OutputBuffer>);
+
+impl OutputCloser {
+    pub(crate) fn close(&self) {
+        self.0.lock().closed = true;
+        self.0.changed.notify_all();
+    }
+}
+
+/// Reads what the guest writes to its console. A read waits for output, and returns 0 when the machine has
+/// stopped and everything is read.
+pub struct ConsoleReader(Arc<OutputBuffer>);
+
+impl ConsoleReader {
+    /// Bytes that were lost because nobody read them in time.
+    pub fn dropped(&self) -> u64 {
+        self.0.lock().dropped
+    }
+}
+
+impl Read for ConsoleReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let mut state = self.0.lock();
+        while state.bytes.is_empty() && !state.closed && !buf.is_empty() {
+            state = self.0.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        let n = state.bytes.read(buf)?;
+        self.0.changed.notify_all();
+        Ok(n)
+    }
+}
+
+pub(crate) fn output(when_full: WhenFull) -> (OutputWriter, ConsoleReader, OutputCloser) {
+    let buffer = Arc::new(OutputBuffer { when_full, ..OutputBuffer::default() });
+    (OutputWriter(buffer.clone()), ConsoleReader(buffer.clone()), OutputCloser(buffer))
+}
+
+#[derive(Default)]
+struct Input {
+    bytes: VecDeque<u8>,
+    closed: bool,
+}
+
+/// Writes to the guest's console, as a keyboard would. Cheap to clone, usable from any thread.
+#[derive(Clone, Default)]
+pub struct ConsoleInput(Arc<InputBuffer>);
+
+#[derive(Default)]
+struct InputBuffer {
+    state: Mutex<Input>,
+    changed: Condvar,
+    port: OnceLock<Weak<SerialPort>>,
+}
+
+impl ConsoleInput {
+    pub(crate) fn connect(&self, port: &Arc<SerialPort>) {
+        // Only the builder connects, once.
+        _ = self.0.port.set(Arc::downgrade(port));
+    }
+
+    /// Moves waiting bytes to the port as far as the guest takes them.
+    pub(crate) fn pump(&self) {
+        let Some(port) = self.0.port.get().and_then(Weak::upgrade) else { return };
+        let mut state = self.0.state.lock().unwrap_or_else(|e| e.into_inner());
+        while !state.bytes.is_empty() {
+            let taken = port.input(state.bytes.as_slices().0);
+            if taken == 0 {
+                break;
+            }
+            state.bytes.drain(..taken);
+            self.0.changed.notify_all();
+        }
+    }
+
+    pub(crate) fn close(&self) {
+        self.0.state.lock().unwrap_or_else(|e| e.into_inner()).closed = true;
+        self.0.changed.notify_all();
+    }
+
+    /// Waits until everything that was written has reached the guest, or the machine has stopped.
+    pub fn drain(&self) {
+        let mut state = self.0.state.lock().unwrap_or_else(|e| e.into_inner());
+        while !state.bytes.is_empty() && !state.closed {
+            state = self.0.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+}
+
+impl Write for ConsoleInput {
+    /// Waits while the buffer is full; fails when the machine has stopped.
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let mut state = self.0.state.lock().unwrap_or_else(|e| e.into_inner());
+        while state.bytes.len() >= INPUT_BUFFER && !state.closed {
+            state = self.0.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        if state.closed {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let n = data.len().min(INPUT_BUFFER - state.bytes.len());
+        state.bytes.extend(&data[..n]);
+        drop(state);
+        self.pump();
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A file that takes no more than a given number of bytes; the rest is dropped, with a last line that says so.
+pub(crate) struct LimitedFile {
+    file: File,
+    left: u64,
+}
+
+impl LimitedFile {
+    pub(crate) fn new(file: File, limit: u64) -> Self {
+        Self { file, left: limit }
+    }
+}
+
+impl Write for LimitedFile {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        const NOTICE: &[u8] = b"\n[vmm: the console file is full, the rest is not written]\n";
+        if self.left == 0 {
+            return Ok(data.len());
+        }
+        let n = data.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        self.file.write_all(&data[..n])?;
+        self.left -= n as u64;
+        if self.left == 0 {
+            self.file.write_all(NOTICE)?;
+        }
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_reader_the_newest_output_is_kept() {
+        let (mut writer, mut reader, closer) = output(WhenFull::DropOldest);
+        writer.write_all(&vec![b'a'; OUTPUT_BUFFER]).unwrap();
+        writer.write_all(b"end").unwrap();
+        closer.close();
+        assert_eq!(reader.dropped(), 3);
+        let mut all = Vec::new();
+        reader.read_to_end(&mut all).unwrap();
+        assert_eq!(all.len(), OUTPUT_BUFFER);
+        assert!(all.ends_with(b"end"));
+    }
+
+    #[test]
+    fn a_waiting_guest_loses_nothing_and_is_freed_by_the_end() {
+        let (mut writer, mut reader, closer) = output(WhenFull::Wait);
+        let total = 3 * OUTPUT_BUFFER;
+        let guest = std::thread::spawn(move || {
+            for chunk in vec![b'x'; total].chunks(1000) {
+                writer.write_all(chunk).unwrap();
+            }
+            writer
+        });
+        let mut seen = 0;
+        let mut buf = [0; 4096];
+        while seen < total {
+            seen += reader.read(&mut buf).unwrap();
+        }
+        let mut writer = guest.join().unwrap();
+        writer.write_all(&vec![b'y'; OUTPUT_BUFFER]).unwrap();
+        let guest = std::thread::spawn(move || writer.write_all(b"blocked"));
+        closer.close();
+        guest.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_console_file_stops_growing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut file = LimitedFile::new(File::create(&path).unwrap(), 10);
+        for _ in 0..5 {
+            file.write_all(b"1234567").unwrap();
+        }
+        let text = std::fs::read_to_string(path).unwrap();
+        assert!(text.starts_with("1234567123\n[vmm: "), "{text}");
+        assert_eq!(text.lines().count(), 2);
+    }
+}

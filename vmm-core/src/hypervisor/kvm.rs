@@ -1,0 +1,342 @@
+//! KVM behind the traits of [`crate::hypervisor`].
+#![allow(
+    unsafe_code,
+    reason = "KVM's memory slots and run structure take raw pointers, and so do signal masks"
+)]
+
+use std::io;
+use std::sync::{Arc, OnceLock};
+
+use devices::model::IrqLine;
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_INTERNAL_ERROR_EMULATION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_fpu,
+    kvm_lapic_state, kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuExit, VcpuFd, VmFd};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+
+use super::{Exit, HvError, HvVm, Hypervisor, Kick, Vcpu, VcpuFailure};
+use crate::memory::GuestRam;
+use crate::x86_64::layout;
+
+/// Every KVM capability that a machine uses, with the name that the KVM API gives it.
+pub const CAPABILITIES: &[(Cap, &str)] = &[
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::MpState, "KVM_CAP_MP_STATE"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Pit2, "KVM_CAP_PIT2"),
+    (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
+    (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
+];
+
+fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> HvError {
+    move |error| HvError::call(call, error.errno())
+}
+
+/// `/dev/kvm`.
+pub struct KvmHypervisor {
+    kvm: Kvm,
+}
+
+impl KvmHypervisor {
+    /// Opens `/dev/kvm` and checks that it has what a machine needs.
+    pub fn open() -> Result<Self, HvError> {
+        let kvm = Kvm::new().map_err(|error| match error.errno() {
+            libc::ENOENT | libc::ENXIO | libc::ENODEV => HvError::NoKvm,
+            libc::EACCES | libc::EPERM => HvError::Permission,
+            errno => HvError::call("open of /dev/kvm", errno),
+        })?;
+        let found = kvm.get_api_version();
+        if found != KVM_API_VERSION as i32 {
+            return Err(HvError::ApiVersion { found });
+        }
+        match CAPABILITIES.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+            Some((_, capability)) => Err(HvError::Capability { capability }),
+            None => Ok(Self { kvm }),
+        }
+    }
+
+    /// The open device, for questions about the host.
+    pub fn kvm(&self) -> &Kvm {
+        &self.kvm
+    }
+}
+
+impl Hypervisor for KvmHypervisor {
+    fn create_vm(&self) -> Result<Arc<dyn HvVm>, HvError> {
+        // KVM_CREATE_VM is interrupted by signals that arrive in the middle of it.
+        loop {
+            match self.kvm.create_vm() {
+                Ok(fd) => return Ok(Arc::new(KvmVm { fd, ram: Arc::default() })),
+                Err(error) if error.errno() == libc::EINTR => {}
+                Err(error) => return Err(failed("KVM_CREATE_VM")(error)),
+            }
+        }
+    }
+
+    fn supported_cpuid(&self) -> Result<CpuId, HvError> {
+        self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_SUPPORTED_CPUID"))
+    }
+}
+
+struct KvmVm {
+    fd: VmFd,
+    /// Keeps the guest's memory mapped as long as this VM or one of its vCPUs lives.
+    ram: Arc<OnceLock<GuestRam>>,
+}
+
+/// An eventfd that KVM turns into an interrupt.
+struct Irqfd(EventFd);
+
+impl IrqLine for Irqfd {
+    fn trigger(&self) {
+        // It can only fail when the counter is full, and then the interrupt is pending anyway.
+        _ = self.0.write(1);
+    }
+}
+
+impl HvVm for KvmVm {
+    fn map_memory(&self, ram: &GuestRam) -> Result<(), HvError> {
+        if self.ram.set(ram.clone()).is_err() {
+            return Err(HvError::call("KVM_SET_USER_MEMORY_REGION", libc::EEXIST));
+        }
+        for (slot, region) in ram.regions().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: 0,
+                guest_phys_addr: region.guest_addr,
+                memory_size: region.len,
+                userspace_addr: region.host_addr,
+            };
+            // SAFETY: the range is a mapping of `ram`'s, of which this VM and its vCPUs keep a clone.
+            unsafe { self.fd.set_user_memory_region(region) }
+                .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
+    }
+
+    fn create_irqchip(&self, pit: bool) -> Result<(), HvError> {
+        self.fd.set_tss_address(layout::KVM_TSS as usize).map_err(failed("KVM_SET_TSS_ADDR"))?;
+        self.fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+        if pit {
+            // A speaker port that answers, so that kernels which calibrate with it get a result.
+            let config = kvm_pit_config { flags: kvm_bindings::KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            self.fd.create_pit2(config).map_err(failed("KVM_CREATE_PIT2"))?;
+        }
+        Ok(())
+    }
+
+    fn create_vcpu(&self, id: u8) -> Result<Box<dyn Vcpu>, HvError> {
+        let fd = self.fd.create_vcpu(id.into()).map_err(failed("KVM_CREATE_VCPU"))?;
+        Ok(Box::new(KvmVcpu { fd, _ram: self.ram.clone() }))
+    }
+
+    fn irq_line(&self, gsi: u32) -> Result<Arc<dyn IrqLine>, HvError> {
+        let event = EventFd::new(EFD_NONBLOCK).map_err(|source| HvError::Call { call: "eventfd", source })?;
+        self.fd.register_irqfd(&event, gsi).map_err(failed("KVM_IRQFD"))?;
+        Ok(Arc::new(Irqfd(event)))
+    }
+
+    fn signal_on_write(&self, addr: u64, value: u32, event: &EventFd) -> Result<(), HvError> {
+        self.fd.register_ioevent(event, &IoEventAddress::Mmio(addr), value).map_err(failed("KVM_IOEVENTFD"))
+    }
+}
+
+struct KvmVcpu {
+    fd: VcpuFd,
+    _ram: Arc<OnceLock<GuestRam>>,
+}
+
+// `struct kvm_signal_mask` with the kernel's 8 byte signal set behind it.
+#[repr(C)]
+struct SignalMask {
+    len: u32,
+    sigset: [u8; 8],
+}
+
+mod ioctls {
+    #![allow(missing_docs, reason = "the macro makes a public function")]
+    vmm_sys_util::ioctl_iow_nr!(KVM_SET_SIGNAL_MASK, kvm_bindings::KVMIO, 0x8b, u32);
+}
+
+/// The signal that kicks vCPUs: blocked everywhere but inside KVM_RUN, so it needs no handler and a kick
+/// between two runs is not lost.
+fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+struct SignalKick {
+    tid: libc::pid_t,
+}
+
+impl Kick for SignalKick {
+    fn kick(&self) {
+        // SAFETY: a plain system call. The thread may have ended, then the kernel finds none.
+        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.tid, kick_signal()) };
+    }
+}
+
+/// Blocks the kick signal in this thread and returns the mask that was in force without it.
+fn block_kick_signal() -> io::Result<libc::sigset_t> {
+    // SAFETY: `set` and `old` are plain data that the calls fill in; zeroes are a valid start.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        let mut old: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, kick_signal());
+        match libc::pthread_sigmask(libc::SIG_BLOCK, &set, &mut old) {
+            0 => {
+                libc::sigdelset(&mut old, kick_signal());
+                Ok(old)
+            }
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+}
+
+/// Takes pending kicks off this thread's queue; a signal left there would end every later KVM_RUN at once.
+fn swallow_kicks() {
+    // SAFETY: as in `block_kick_signal`; the time-out is zero, so this does not wait.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&mut set);
+        libc::sigaddset(&mut set, kick_signal());
+        let zero = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        while libc::sigtimedwait(&set, std::ptr::null_mut(), &zero) > 0 {}
+    }
+}
+
+impl KvmVcpu {
+    fn internal_error(&mut self) -> Result<VcpuFailure, HvError> {
+        // SAFETY: exit_reason is KVM_EXIT_INTERNAL_ERROR, for which these members of the union are filled in;
+        // both are plain integers.
+        let (suberror, failure) = unsafe {
+            let exit = &self.fd.get_kvm_run().__bindgen_anon_1;
+            (exit.internal.suberror, exit.emulation_failure)
+        };
+        let (regs, sregs) = (self.regs()?, self.sregs()?);
+        if suberror != KVM_INTERNAL_ERROR_EMULATION {
+            return Ok(VcpuFailure::Internal { suberror, rip: regs.rip });
+        }
+        // SAFETY: the anonymous union has one view, plain integers.
+        let (size, bytes) = unsafe {
+            let insn = &failure.__bindgen_anon_1.__bindgen_anon_1;
+            (usize::from(insn.insn_size), insn.insn_bytes)
+        };
+        let has_bytes = failure.ndata >= 1
+            && failure.flags & u64::from(kvm_bindings::KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES)
+                != 0;
+        let bytes = if has_bytes { bytes[..size.min(bytes.len())].to_vec() } else { Vec::new() };
+        let cpl = sregs.ss.dpl;
+        Ok(VcpuFailure::Emulation { rip: regs.rip, bytes, cpl, long_mode: sregs.cs.l == 1 })
+    }
+}
+
+impl Vcpu for KvmVcpu {
+    fn attach(&mut self) -> Result<Arc<dyn Kick>, HvError> {
+        let mask = block_kick_signal().map_err(|source| HvError::Call { call: "pthread_sigmask", source })?;
+        let mut sigset = [0; 8];
+        // SAFETY: the kernel's signal set is the first 64 bits of glibc's.
+        sigset.copy_from_slice(unsafe {
+            std::slice::from_raw_parts(std::ptr::from_ref(&mask).cast::<u8>(), 8)
+        });
+        let mask = SignalMask { len: 8, sigset };
+        // SAFETY: the ioctl reads `len` and then that many bytes, which `mask` has. It is declared with the
+        // fixed part only, as in the KVM API.
+        match unsafe { ioctl_with_ref(&self.fd, ioctls::KVM_SET_SIGNAL_MASK(), &mask) } {
+            0 => {}
+            _ => {
+                let source = io::Error::last_os_error();
+                return Err(HvError::Call { call: "KVM_SET_SIGNAL_MASK", source });
+            }
+        }
+        // SAFETY: a plain system call.
+        Ok(Arc::new(SignalKick { tid: unsafe { libc::gettid() } }))
+    }
+
+    fn set_cpuid(&mut self, cpuid: &CpuId) -> Result<(), HvError> {
+        self.fd.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))
+    }
+
+    fn set_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), HvError> {
+        let entries: Vec<_> =
+            msrs.iter().map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() }).collect();
+        let list = Msrs::from_entries(&entries).map_err(|_| HvError::call("KVM_SET_MSRS", libc::E2BIG))?;
+        match self.fd.set_msrs(&list).map_err(failed("KVM_SET_MSRS"))? {
+            n if n == entries.len() => Ok(()),
+            _ => Err(HvError::call("KVM_SET_MSRS", libc::EINVAL)),
+        }
+    }
+
+    fn regs(&self) -> Result<kvm_regs, HvError> {
+        self.fd.get_regs().map_err(failed("KVM_GET_REGS"))
+    }
+
+    fn set_regs(&mut self, regs: &kvm_regs) -> Result<(), HvError> {
+        self.fd.set_regs(regs).map_err(failed("KVM_SET_REGS"))
+    }
+
+    fn sregs(&self) -> Result<kvm_sregs, HvError> {
+        self.fd.get_sregs().map_err(failed("KVM_GET_SREGS"))
+    }
+
+    fn set_sregs(&mut self, sregs: &kvm_sregs) -> Result<(), HvError> {
+        self.fd.set_sregs(sregs).map_err(failed("KVM_SET_SREGS"))
+    }
+
+    fn set_fpu(&mut self, fpu: &kvm_fpu) -> Result<(), HvError> {
+        self.fd.set_fpu(fpu).map_err(failed("KVM_SET_FPU"))
+    }
+
+    fn lapic(&self) -> Result<kvm_lapic_state, HvError> {
+        self.fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))
+    }
+
+    fn set_lapic(&mut self, lapic: &kvm_lapic_state) -> Result<(), HvError> {
+        self.fd.set_lapic(lapic).map_err(failed("KVM_SET_LAPIC"))
+    }
+
+    fn run(&mut self) -> Result<Exit<'_>, HvError> {
+        let (input, port, data) = match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => (true, port, std::ptr::from_mut(data)),
+            Ok(VcpuExit::IoOut(port, data)) => (false, port, std::ptr::from_ref(data).cast_mut()),
+            // SAFETY (of the four extensions below): `data` lies in the run structure, which lives as long as
+            // `self`; the borrow checker cannot see that the other arms no longer hold it.
+            Ok(VcpuExit::MmioRead(addr, data)) => {
+                let data = std::ptr::from_mut(data);
+                // SAFETY: see above.
+                return Ok(Exit::MmioRead { addr, data: unsafe { &mut *data } });
+            }
+            Ok(VcpuExit::MmioWrite(addr, data)) => {
+                let data = std::ptr::from_ref(data);
+                // SAFETY: see above.
+                return Ok(Exit::MmioWrite { addr, data: unsafe { &*data } });
+            }
+            Ok(VcpuExit::Shutdown) => return Ok(Exit::Shutdown),
+            Ok(VcpuExit::Intr) => return Ok(Exit::Interrupted),
+            Ok(VcpuExit::InternalError) => return Ok(Exit::Failed(self.internal_error()?)),
+            Ok(VcpuExit::FailEntry(reason, _)) => return Ok(Exit::Failed(VcpuFailure::Entry { reason })),
+            Ok(other) => {
+                return Ok(Exit::Failed(VcpuFailure::Unexpected { exit: format!("{other:?}") }));
+            }
+            Err(error) if error.errno() == libc::EINTR || error.errno() == libc::EAGAIN => {
+                swallow_kicks();
+                return Ok(Exit::Interrupted);
+            }
+            Err(error) => return Err(failed("KVM_RUN")(error)),
+        };
+        // SAFETY: exit_reason is KVM_EXIT_IO, for which this member of the union is filled in.
+        let width = usize::from(unsafe { self.fd.get_kvm_run().__bindgen_anon_1.io.size }).max(1);
+        match input {
+            // SAFETY: see above.
+            true => Ok(Exit::IoIn { port, width, data: unsafe { &mut *data } }),
+            // SAFETY: see above.
+            false => Ok(Exit::IoOut { port, width, data: unsafe { &*data } }),
+        }
+    }
+}

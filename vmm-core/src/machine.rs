@@ -1,0 +1,195 @@
+//! A built machine: what the control thread owns, and what its devices report.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use devices::model::{IrqLine, MachineEvent, MachineEvents};
+
+use crate::console::{ConsoleInput, OutputCloser};
+use crate::hypervisor::{HvError, HvVm, Vcpu};
+use crate::runner::{Runner, RunnerError, UnitHandle};
+use crate::vcpu::{Buses, VcpuEnd, VcpuThread};
+use crate::vm::Message;
+
+/// A point in a machine's life whose time is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Milestone {
+    /// The kernel-side VM and its memory exist.
+    VmCreated,
+    /// Kernel and initrd are in guest memory.
+    KernelLoaded,
+    /// vCPU threads are about to run.
+    Started,
+    /// The first vCPU made its first exit.
+    FirstExit,
+    /// The guest's init said that it runs.
+    UserSpaceReached,
+}
+
+impl Milestone {
+    /// All of them, in the order in which they are reached.
+    pub const ALL: [Self; 5] =
+        [Self::VmCreated, Self::KernelLoaded, Self::Started, Self::FirstExit, Self::UserSpaceReached];
+
+    /// A short name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::VmCreated => "vm created",
+            Self::KernelLoaded => "kernel loaded",
+            Self::Started => "started",
+            Self::FirstExit => "first exit",
+            Self::UserSpaceReached => "user space reached",
+        }
+    }
+}
+
+/// When each [`Milestone`] was first reached.
+#[derive(Debug)]
+pub struct Milestones {
+    start: Instant,
+    /// Microseconds since the start; `u64::MAX` as long as it is not reached.
+    micros: [AtomicU64; Milestone::ALL.len()],
+}
+
+impl Milestones {
+    pub(crate) fn new() -> Self {
+        Self { start: Instant::now(), micros: std::array::from_fn(|_| AtomicU64::new(u64::MAX)) }
+    }
+
+    pub(crate) fn reach(&self, milestone: Milestone) {
+        let now = self.start.elapsed().as_micros() as u64;
+        let slot = &self.micros[milestone as usize];
+        // Only the first time counts; another thread may have been first.
+        _ = slot.compare_exchange(u64::MAX, now, Ordering::Relaxed, Ordering::Relaxed);
+    }
+
+    /// Time from the start of the build to `milestone`; `None` if it is not reached.
+    pub fn get(&self, milestone: Milestone) -> Option<Duration> {
+        match self.micros[milestone as usize].load(Ordering::Relaxed) {
+            u64::MAX => None,
+            micros => Some(Duration::from_micros(micros)),
+        }
+    }
+}
+
+/// Takes what devices report about the whole machine to its control thread. At most one message is under way,
+/// however often a guest pokes a register.
+pub(crate) struct Inbox {
+    pending: AtomicU32,
+    exit_status: AtomicU32,
+    control: Sender<Message>,
+    milestones: Arc<Milestones>,
+}
+
+const RESET: u32 = 1;
+const POWER_OFF: u32 = 2;
+const PANICKED: u32 = 4;
+/// No exit status was reported.
+const NO_STATUS: u32 = u32::MAX;
+
+/// What has been reported since the control thread last looked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reported {
+    pub reset: bool,
+    pub power_off: bool,
+    pub panicked: bool,
+}
+
+impl Inbox {
+    pub fn new(control: Sender<Message>, milestones: Arc<Milestones>) -> Self {
+        Self { pending: AtomicU32::new(0), exit_status: AtomicU32::new(NO_STATUS), control, milestones }
+    }
+
+    pub fn take(&self) -> Reported {
+        let bits = self.pending.swap(0, Ordering::AcqRel);
+        Reported {
+            reset: bits & RESET != 0,
+            power_off: bits & POWER_OFF != 0,
+            panicked: bits & PANICKED != 0,
+        }
+    }
+
+    /// Exit status of the guest's command, if its init reported one.
+    pub fn exit_status(&self) -> Option<u8> {
+        u8::try_from(self.exit_status.load(Ordering::Acquire)).ok()
+    }
+}
+
+impl MachineEvents for Inbox {
+    fn raise(&self, event: MachineEvent) {
+        let bit = match event {
+            MachineEvent::Reset => RESET,
+            MachineEvent::PowerOff => POWER_OFF,
+            MachineEvent::Panicked => PANICKED,
+            MachineEvent::UserSpaceReached => return self.milestones.reach(Milestone::UserSpaceReached),
+            MachineEvent::ExitStatus(status) => {
+                return self.exit_status.store(status.into(), Ordering::Release);
+            }
+        };
+        if self.pending.fetch_or(bit, Ordering::AcqRel) == 0 {
+            // It fails only when the machine is being taken down.
+            _ = self.control.send(Message::Reported);
+        }
+    }
+}
+
+/// Everything that a machine consists of. Dropping it ends its threads, vCPUs first.
+pub(crate) struct Machine {
+    /// vCPUs that have not started.
+    pub idle: Vec<Box<dyn Vcpu>>,
+    pub running: Vec<VcpuThread>,
+    pub units: Vec<Arc<UnitHandle>>,
+    pub runner: Option<Runner>,
+    pub buses: Arc<Buses>,
+    pub power_button: Arc<dyn IrqLine>,
+    pub console_input: ConsoleInput,
+    pub console_output: OutputCloser,
+    pub milestones: Arc<Milestones>,
+    pub control: Sender<Message>,
+    pub _vm: Arc<dyn HvVm>,
+}
+
+impl Machine {
+    /// Lets all vCPUs run for the first time.
+    pub fn start(&mut self) -> Result<(), HvError> {
+        self.milestones.reach(Milestone::Started);
+        for (id, vcpu) in std::mem::take(&mut self.idle).into_iter().enumerate() {
+            let (id, control) = (id as u8, self.control.clone());
+            let on_end = move |end: VcpuEnd| {
+                // It fails only when the machine is being taken down.
+                _ = control.send(Message::VcpuEnded(id, end));
+            };
+            let (buses, milestones) = (self.buses.clone(), self.milestones.clone());
+            self.running.push(VcpuThread::start(id, vcpu, buses, milestones, on_end)?);
+        }
+        Ok(())
+    }
+
+    /// Brings vCPUs, then devices, to a standstill.
+    pub fn pause(&self) -> Result<(), RunnerError> {
+        self.running.iter().for_each(VcpuThread::pause);
+        self.running.iter().for_each(VcpuThread::wait_parked);
+        self.units.iter().try_for_each(|unit| unit.set_paused(true))
+    }
+
+    /// Lets devices, then vCPUs, go on.
+    pub fn resume(&self) -> Result<(), RunnerError> {
+        self.units.iter().try_for_each(|unit| unit.set_paused(false))?;
+        self.running.iter().for_each(VcpuThread::resume);
+        Ok(())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // A vCPU may wait for room in the console's buffer.
+        self.console_output.close();
+        self.console_input.close();
+        self.running.iter().for_each(VcpuThread::stop);
+        self.running.clear();
+        self.units.clear();
+        self.runner = None;
+    }
+}

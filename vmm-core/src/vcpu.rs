@@ -1,0 +1,194 @@
+//! One thread per vCPU: runs the guest and takes its exits to the buses.
+
+use std::sync::mpsc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+
+use crate::bus::Bus;
+use crate::hypervisor::{Exit, HvError, Kick, Vcpu, VcpuFailure};
+use crate::machine::{Milestone, Milestones};
+
+/// The address spaces of a machine.
+#[derive(Default)]
+pub struct Buses {
+    /// I/O ports.
+    pub pio: Bus,
+    /// Physical addresses that are not RAM.
+    pub mmio: Bus,
+}
+
+/// Why a vCPU's thread ended.
+#[derive(Debug)]
+pub enum VcpuEnd {
+    /// It was told to.
+    Told,
+    /// Triple fault.
+    Shutdown,
+    /// The guest cannot go on.
+    Failed(VcpuFailure),
+    /// A call of the hypervisor failed.
+    Hypervisor(HvError),
+    /// A bug: the thread panicked.
+    Panicked,
+}
+
+/// What a vCPU is told to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Want {
+    Run,
+    Pause,
+    Stop,
+}
+
+struct GateState {
+    want: Want,
+    /// The thread waits at the gate, or has ended.
+    parked: bool,
+}
+
+/// Where a vCPU's thread waits while its machine is paused.
+///
+/// The thread looks at the gate only when a kick has interrupted it: then KVM has completed the last exit, so
+/// the vCPU's registers are whole.
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Waits as long as it is told to pause. Returns whether to go on.
+    fn pass(&self) -> bool {
+        let mut state = self.lock();
+        while state.want == Want::Pause {
+            if !state.parked {
+                state.parked = true;
+                self.changed.notify_all();
+            }
+            state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        state.parked = false;
+        state.want == Want::Run
+    }
+
+    fn set(&self, want: Want) {
+        self.lock().want = want;
+        self.changed.notify_all();
+    }
+}
+
+/// A vCPU on its thread.
+pub struct VcpuThread {
+    gate: Arc<Gate>,
+    kick: Arc<dyn Kick>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl VcpuThread {
+    /// Starts the thread of vCPU `id`, which runs the guest at once. `on_end` is called on that thread.
+    pub fn start(
+        id: u8,
+        mut vcpu: Box<dyn Vcpu>,
+        buses: Arc<Buses>,
+        milestones: Arc<Milestones>,
+        on_end: impl FnOnce(VcpuEnd) + Send + 'static,
+    ) -> Result<Self, HvError> {
+        let gate = Arc::new(Gate {
+            state: Mutex::new(GateState { want: Want::Run, parked: false }),
+            changed: Condvar::new(),
+        });
+        let (attached, attachment) = mpsc::channel();
+        let thread = std::thread::Builder::new().name(format!("vcpu{id}")).spawn({
+            let gate = gate.clone();
+            move || {
+                let run = std::panic::AssertUnwindSafe(|| match vcpu.attach() {
+                    Ok(kick) => {
+                        _ = attached.send(Ok(kick));
+                        run(&mut *vcpu, &gate, &buses, &milestones)
+                    }
+                    Err(error) => {
+                        _ = attached.send(Err(error));
+                        VcpuEnd::Told
+                    }
+                });
+                let end = std::panic::catch_unwind(run).unwrap_or(VcpuEnd::Panicked);
+                drop(vcpu);
+                gate.lock().parked = true;
+                gate.changed.notify_all();
+                on_end(end);
+            }
+        });
+        let thread = thread.map_err(|source| HvError::Call { call: "clone", source })?;
+        let died = || HvError::Call { call: "clone", source: std::io::ErrorKind::BrokenPipe.into() };
+        let kick = attachment.recv().map_err(|_| died())??;
+        Ok(Self { gate, kick, thread: Some(thread) })
+    }
+
+    /// Tells the vCPU to stand still; [`Self::wait_parked`] waits until it does.
+    pub fn pause(&self) {
+        self.gate.set(Want::Pause);
+        self.kick.kick();
+    }
+
+    /// Waits until the vCPU stands still or has ended.
+    pub fn wait_parked(&self) {
+        let mut state = self.gate.lock();
+        while !state.parked {
+            state = self.gate.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+
+    /// Lets a paused vCPU go on.
+    pub fn resume(&self) {
+        self.gate.set(Want::Run);
+    }
+
+    /// Tells the vCPU to end; dropping it waits for that.
+    pub fn stop(&self) {
+        self.gate.set(Want::Stop);
+        self.kick.kick();
+    }
+}
+
+impl Drop for VcpuThread {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(thread) = self.thread.take() {
+            _ = thread.join();
+        }
+    }
+}
+
+fn run(vcpu: &mut dyn Vcpu, gate: &Gate, buses: &Buses, milestones: &Milestones) -> VcpuEnd {
+    let mut first = true;
+    loop {
+        let exit = match vcpu.run() {
+            Ok(exit) => exit,
+            Err(error) => return VcpuEnd::Hypervisor(error),
+        };
+        if std::mem::take(&mut first) {
+            milestones.reach(Milestone::FirstExit);
+        }
+        // An item of a string instruction is an access of its own.
+        match exit {
+            Exit::IoIn { port, width, data } => {
+                data.chunks_mut(width).for_each(|item| _ = buses.pio.read(port.into(), item));
+            }
+            Exit::IoOut { port, width, data } => {
+                data.chunks(width).for_each(|item| _ = buses.pio.write(port.into(), item));
+            }
+            Exit::MmioRead { addr, data } => _ = buses.mmio.read(addr, data),
+            Exit::MmioWrite { addr, data } => _ = buses.mmio.write(addr, data),
+            Exit::Interrupted => {
+                if !gate.pass() {
+                    return VcpuEnd::Told;
+                }
+            }
+            Exit::Shutdown => return VcpuEnd::Shutdown,
+            Exit::Failed(failure) => return VcpuEnd::Failed(failure),
+        }
+    }
+}

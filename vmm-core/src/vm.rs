@@ -1,0 +1,317 @@
+//! The handle to a virtual machine, and the control thread behind it that owns its state.
+
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::VmBuilder;
+use crate::config::VmConfig;
+use crate::console::{ConsoleInput, ConsoleReader};
+use crate::diagnosis;
+use crate::hypervisor::HvError;
+use crate::machine::{Inbox, Machine, Milestones};
+use crate::runner::RunnerError;
+use crate::state::{IllegalTransition, StopReason, VmState};
+use crate::vcpu::VcpuEnd;
+
+/// A call on a [`Vm`] that failed; the machine is as it was, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// The machine's state does not allow it.
+    #[error(transparent)]
+    State(#[from] IllegalTransition),
+    /// The hypervisor failed.
+    #[error(transparent)]
+    Hypervisor(#[from] HvError),
+    /// The devices' event loop failed.
+    #[error(transparent)]
+    Runner(#[from] RunnerError),
+    /// The control thread has ended.
+    #[error("the machine is gone")]
+    Gone,
+}
+
+/// What the control thread is asked to do.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Command {
+    Start,
+    Pause,
+    Resume,
+    Stop,
+    PowerButton,
+}
+
+/// What reaches the control thread.
+pub(crate) enum Message {
+    Command(Command, Sender<Result<(), VmError>>),
+    /// Devices have put something into the inbox.
+    Reported,
+    VcpuEnded(u8, VcpuEnd),
+    /// The thread of this name died of a panic.
+    ThreadPanicked(String),
+}
+
+/// How long a guest whose kernel panicked has to print its last words and reset itself.
+const PANIC_GRACE: Duration = Duration::from_secs(1);
+
+/// State that handles can look at while the control thread works.
+struct Shared {
+    state: Mutex<VmState>,
+    changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, VmState> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn transition(&self, to: VmState) -> Result<(), IllegalTransition> {
+        self.lock().transition(to)?;
+        self.changed.notify_all();
+        Ok(())
+    }
+}
+
+/// A virtual machine. All methods can be called from any thread; dropping it stops the machine and waits until
+/// nothing of it is left.
+///
+/// ```no_run
+/// use vmm_core::{Vm, VmConfig};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let config = VmConfig { kernel: Some("vmlinux".into()), ..VmConfig::default() };
+/// let vm = Vm::builder(config).build()?;
+/// vm.start()?;
+/// let reason = vm.wait();
+/// # let _ = reason;
+/// # Ok(())
+/// # }
+/// ```
+pub struct Vm {
+    control: Sender<Message>,
+    shared: Arc<Shared>,
+    inbox: Arc<Inbox>,
+    milestones: Arc<Milestones>,
+    console_input: ConsoleInput,
+    console: Mutex<Option<ConsoleReader>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Vm {
+    /// Builds the machine that `config` describes.
+    pub fn builder(config: VmConfig) -> VmBuilder {
+        VmBuilder::new(config)
+    }
+
+    pub(crate) fn run(
+        machine: Machine,
+        console: ConsoleReader,
+        inbox: Arc<Inbox>,
+        messages: Receiver<Message>,
+    ) -> Result<Self, std::io::Error> {
+        let shared = Arc::new(Shared { state: Mutex::new(VmState::Created), changed: Condvar::new() });
+        let (milestones, console_input) = (machine.milestones.clone(), machine.console_input.clone());
+        let control = machine.control.clone();
+        let thread = std::thread::Builder::new().name("vm-control".into()).spawn({
+            let (shared, inbox) = (shared.clone(), inbox.clone());
+            move || Control { machine: Some(machine), shared, inbox, panicked: None }.serve(&messages)
+        })?;
+        let console = Mutex::new(Some(console));
+        Ok(Self { control, shared, inbox, milestones, console_input, console, thread: Some(thread) })
+    }
+
+    fn command(&self, command: Command) -> Result<(), VmError> {
+        let (reply, answer) = mpsc::channel();
+        self.control.send(Message::Command(command, reply)).map_err(|_| VmError::Gone)?;
+        answer.recv().map_err(|_| VmError::Gone)?
+    }
+
+    /// Lets the guest run.
+    pub fn start(&self) -> Result<(), VmError> {
+        self.command(Command::Start)
+    }
+
+    /// Brings vCPUs and devices to a standstill.
+    pub fn pause(&self) -> Result<(), VmError> {
+        self.command(Command::Pause)
+    }
+
+    /// Lets a paused guest go on.
+    pub fn resume(&self) -> Result<(), VmError> {
+        self.command(Command::Resume)
+    }
+
+    /// Ends the machine at once, without asking the guest. No error if it has ended already.
+    pub fn stop(&self) {
+        // It fails only when the machine has ended.
+        _ = self.command(Command::Stop);
+    }
+
+    /// Presses the power button: a guest with ACPI and something that listens (systemd, our init) shuts down.
+    pub fn press_power_button(&self) -> Result<(), VmError> {
+        self.command(Command::PowerButton)
+    }
+
+    /// Where the machine is in its life.
+    pub fn state(&self) -> VmState {
+        self.shared.lock().clone()
+    }
+
+    /// Waits until the machine has stopped.
+    pub fn wait(&self) -> StopReason {
+        let mut state = self.shared.lock();
+        loop {
+            if let VmState::Stopped(reason) = &*state {
+                return reason.clone();
+            }
+            state = self.shared.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+
+    /// As [`Self::wait`], for at most `timeout`.
+    pub fn wait_timeout(&self, timeout: Duration) -> Option<StopReason> {
+        let stopped = |state: &mut VmState| !matches!(state, VmState::Stopped(_));
+        let waited = self.shared.changed.wait_timeout_while(self.shared.lock(), timeout, stopped);
+        match &*waited.unwrap_or_else(|e| e.into_inner()).0 {
+            VmState::Stopped(reason) => Some(reason.clone()),
+            _ => None,
+        }
+    }
+
+    /// Exit status of the guest's command, once its init has reported one.
+    pub fn exit_status(&self) -> Option<u8> {
+        self.inbox.exit_status()
+    }
+
+    /// When the guest got how far.
+    pub fn milestones(&self) -> &Milestones {
+        &self.milestones
+    }
+
+    /// The guest's console output, for whoever asks first; empty when the console goes elsewhere.
+    pub fn take_console(&self) -> Option<ConsoleReader> {
+        self.console.lock().unwrap_or_else(|e| e.into_inner()).take()
+    }
+
+    /// The guest's console input.
+    pub fn console_input(&self) -> ConsoleInput {
+        self.console_input.clone()
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(thread) = self.thread.take() {
+            _ = thread.join();
+        }
+    }
+}
+
+/// The control thread: the only one that changes the machine's state.
+struct Control {
+    /// Gone once the machine has stopped.
+    machine: Option<Machine>,
+    shared: Arc<Shared>,
+    inbox: Arc<Inbox>,
+    /// When the guest's kernel panicked.
+    panicked: Option<Instant>,
+}
+
+impl Control {
+    /// Works until the machine has stopped; dropping the receiver tells later callers.
+    fn serve(mut self, messages: &Receiver<Message>) {
+        while self.machine.is_some() {
+            let message = match self.panicked {
+                None => messages.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(at) => messages.recv_timeout(PANIC_GRACE.saturating_sub(at.elapsed())),
+            };
+            match message {
+                Ok(Message::Command(command, reply)) => {
+                    // The caller may have given up.
+                    _ = reply.send(self.command(command));
+                }
+                Ok(Message::Reported) => self.reported(),
+                Ok(Message::VcpuEnded(id, end)) => self.vcpu_ended(id, end),
+                Ok(Message::ThreadPanicked(name)) => {
+                    self.stop(StopReason::Failed(format!("a bug: the thread {name} panicked")));
+                }
+                Err(RecvTimeoutError::Timeout) => self.stop(StopReason::GuestPanic),
+                Err(RecvTimeoutError::Disconnected) => self.stop(StopReason::Requested),
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) -> Result<(), VmError> {
+        let machine = self.machine.as_mut().ok_or(VmError::Gone)?;
+        match command {
+            Command::Start => {
+                if *self.shared.lock() != VmState::Created {
+                    let from = self.shared.lock().clone();
+                    return Err(IllegalTransition { from, to: VmState::Running }.into());
+                }
+                self.shared.transition(VmState::Running)?;
+                if let Err(error) = machine.start() {
+                    self.stop(StopReason::Failed(error.to_string()));
+                    return Err(error.into());
+                }
+            }
+            Command::Pause => {
+                self.shared.transition(VmState::Paused)?;
+                machine.pause()?;
+            }
+            Command::Resume => {
+                if *self.shared.lock() != VmState::Paused {
+                    let from = self.shared.lock().clone();
+                    return Err(IllegalTransition { from, to: VmState::Running }.into());
+                }
+                machine.resume()?;
+                self.shared.transition(VmState::Running)?;
+            }
+            Command::Stop => self.stop(StopReason::Requested),
+            Command::PowerButton => machine.power_button.trigger(),
+        }
+        Ok(())
+    }
+
+    fn reported(&mut self) {
+        let reported = self.inbox.take();
+        if reported.panicked {
+            self.panicked.get_or_insert_with(Instant::now);
+        }
+        if reported.power_off {
+            self.stop(StopReason::GuestPowerOff);
+        } else if reported.reset {
+            self.stop(StopReason::GuestReset);
+        }
+    }
+
+    fn vcpu_ended(&mut self, id: u8, end: VcpuEnd) {
+        let reason = match end {
+            VcpuEnd::Told => return,
+            VcpuEnd::Shutdown => StopReason::GuestReset,
+            VcpuEnd::Failed(failure) => {
+                let hardware = diagnosis::has_hardware_virtualisation();
+                StopReason::Failed(diagnosis::explain(id, &failure, hardware))
+            }
+            VcpuEnd::Hypervisor(error) => StopReason::Failed(error.to_string()),
+            VcpuEnd::Panicked => StopReason::Failed(format!("a bug: the thread of vCPU {id} panicked")),
+        };
+        self.stop(reason);
+    }
+
+    /// Takes the machine down. What a panicked guest does next is part of its panic.
+    fn stop(&mut self, reason: StopReason) {
+        let Some(machine) = self.machine.take() else { return };
+        let panicked = self.panicked.is_some() || self.inbox.take().panicked;
+        let reason = match reason {
+            StopReason::GuestReset | StopReason::GuestPowerOff if panicked => StopReason::GuestPanic,
+            reason => reason,
+        };
+        // From every state in which there still is a machine, the diagram goes to `Stopping`.
+        _ = self.shared.transition(VmState::Stopping);
+        drop(machine);
+        _ = self.shared.transition(VmState::Stopped(reason));
+    }
+}

@@ -1,0 +1,113 @@
+//! Where everything is in the guest's physical address space and among its ports and interrupts.
+//!
+//! ```text
+//! 0x0000_0000  boot structures, then free RAM
+//! 0x0009_fc00  MP table                         (reserved in E820 up to 1 MiB)
+//! 0x000e_0000  ACPI tables, the RSDP first
+//! 0x0010_0000  kernel; the initrd ends where low RAM ends
+//! 0xc000_0000  MMIO gap: virtio-mmio, I/O APIC, local APIC, KVM's own pages
+//! 0x1_0000_0000  the rest of RAM
+//! ```
+
+/// GDT used to enter the kernel.
+pub const GDT: u64 = 0x500;
+/// Empty IDT used to enter the kernel.
+pub const IDT: u64 = 0x540;
+/// PVH start info (struct hvm_start_info).
+pub const PVH_INFO: u64 = 0x6000;
+/// PVH module list.
+pub const PVH_MODULES: u64 = 0x6040;
+/// PVH memory map.
+pub const PVH_MEMMAP: u64 = 0x6080;
+/// Zero page (struct boot_params).
+pub const ZERO_PAGE: u64 = 0x7000;
+/// Top of the stack on entry to the kernel.
+pub const BOOT_STACK: u64 = 0x8ff0;
+/// Page tables used to enter the kernel: PML4, PDPT and one page directory follow each other.
+pub const PAGE_TABLES: u64 = 0x9000;
+/// Kernel command line.
+pub const CMDLINE: u64 = 0x2_0000;
+/// Longest kernel command line in bytes, with its NUL (COMMAND_LINE_SIZE of x86 Linux).
+pub const CMDLINE_MAX: usize = 2048;
+/// MP table: the last KiB of base memory, where Linux looks for it.
+pub const MP_TABLE: u64 = 0x9_fc00;
+/// Bytes of room for the MP table.
+pub const MP_TABLE_MAX: usize = 0x400;
+/// ACPI tables; the RSDP is here, where Linux looks for it when nobody tells it.
+pub const ACPI: u64 = 0xe_0000;
+/// Bytes of room for the ACPI tables.
+pub const ACPI_MAX: usize = 0x2_0000;
+/// Where RAM for the kernel starts.
+pub const HIGH_RAM: u64 = 0x10_0000;
+
+/// Start of the gap below 4 GiB that holds no RAM.
+pub const MMIO_GAP: u64 = 0xc000_0000;
+/// End of that gap.
+pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
+/// First virtio-mmio device; the others follow.
+pub const VIRTIO_MMIO: u64 = 0xd000_0000;
+/// I/O APIC.
+pub const IO_APIC: u32 = 0xfec0_0000;
+/// Local APICs.
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+/// Three pages for KVM's own use on Intel hosts without unrestricted guests.
+pub const KVM_TSS: u64 = 0xfffb_d000;
+
+/// COM1.
+pub const COM1_PORT: u16 = 0x3f8;
+/// Ports of a 16550.
+pub const COM1_LEN: u8 = 8;
+/// COM1's interrupt.
+pub const COM1_IRQ: u32 = 4;
+/// CMOS and RTC.
+pub const CMOS_PORT: u16 = 0x70;
+/// Index and data port.
+pub const CMOS_LEN: u8 = 2;
+/// Keyboard controller.
+pub const I8042_PORT: u16 = 0x60;
+/// Data port to command port.
+pub const I8042_LEN: u8 = 5;
+/// pvpanic.
+pub const PVPANIC_PORT: u16 = 0x505;
+/// ACPI sleep control, sleep status and reset register.
+pub const POWER_PORT: u16 = 0x600;
+/// Three registers of one byte.
+pub const POWER_LEN: u8 = 3;
+/// The guest's init reports here that user space runs, and the exit status of its command one port higher.
+pub const BOOT_PORT: u16 = 0x610;
+/// Two ports.
+pub const BOOT_LEN: u8 = 2;
+
+/// Interrupt of the ACPI generic event device, which carries the power button.
+pub const GED_IRQ: u32 = 9;
+/// Interrupts for virtio-mmio devices: all inputs of the I/O APIC that nothing else uses.
+pub const DEVICE_IRQS: &[u32] = &[5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+/// Inputs of the I/O APIC.
+pub const IO_APIC_PINS: u8 = 24;
+
+/// Most vCPUs of a machine.
+pub const MAX_CPUS: u8 = 32;
+/// Least RAM in bytes that a machine can be built with: the boot structures and a kernel must fit.
+pub const MIN_RAM: u64 = 4 << 20;
+/// Most RAM in bytes.
+pub const MAX_RAM: u64 = 1 << 40;
+
+/// The ranges of guest physical addresses, as base and length in bytes, that `size` bytes of RAM take.
+pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
+    match size.checked_sub(MMIO_GAP) {
+        None | Some(0) => vec![(0, size)],
+        Some(above) => vec![(0, MMIO_GAP), (MMIO_GAP_END, above)],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_leaves_the_gap_free() {
+        assert_eq!(ram_ranges(256 << 20), [(0, 256 << 20)]);
+        assert_eq!(ram_ranges(MMIO_GAP), [(0, MMIO_GAP)]);
+        assert_eq!(ram_ranges(MMIO_GAP + 4096), [(0, MMIO_GAP), (MMIO_GAP_END, 4096)]);
+    }
+}

@@ -10,7 +10,7 @@ use crate::disk::Disk;
 use crate::kernel::Kernel;
 use crate::lab::Lab;
 use crate::net::{GUEST_ADDRESS, HOST_ADDRESS, NetNs, TAP};
-use crate::place::{Needs, Place};
+use crate::place::{Acceleration, Needs, Place};
 use crate::process::{Exit, Process, Program, Signal};
 use crate::{binaries, report};
 
@@ -164,7 +164,7 @@ impl<'a> Guest<'a> {
             None => Place::choose(self.needs)?,
         };
         ensure!(
-            self.needs == Needs::AnyKvm || place.has_hardware(),
+            self.needs == Needs::AnyKvm || place.acceleration() == Acceleration::Hardware,
             "the test needs hardware, and {place} has none"
         );
         report::check_module(self.needs)?;
@@ -253,8 +253,8 @@ impl Running<'_> {
     }
 
     /// Ends the console's input.
-    pub fn close_stdin(&mut self) -> Result<()> {
-        self.process.close_stdin()
+    pub fn close_stdin(&mut self) {
+        self.process.close_stdin();
     }
 
     /// Sends the VMM a signal.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use crate::debian::DebianKernel;
-use crate::place::{Needs, Place};
+use crate::place::{Acceleration, Needs, Place};
 
 /// What a guest boots.
 #[derive(Clone, Debug, Default)]
@@ -37,9 +37,16 @@ impl Kernel {
     /// `Default` made definite for a place.
     pub fn at(&self, place: &Place) -> Self {
         match self {
-            Self::Default if place.has_hardware() => Self::Standard,
-            Self::Default => Self::Ring3,
+            Self::Default => Self::ours(place.acceleration()),
             other => other.clone(),
+        }
+    }
+
+    /// Our own kernel in the flavour for this kind of KVM.
+    pub fn ours(acceleration: Acceleration) -> Self {
+        match acceleration {
+            Acceleration::Hardware => Self::Standard,
+            Acceleration::None => Self::Ring3,
         }
     }
 

@@ -21,6 +21,7 @@ pub mod cache;
 pub mod command;
 pub mod debian;
 pub mod lab;
+pub mod micro;
 pub mod net;
 pub mod packages;
 pub mod process;

@@ -40,9 +40,12 @@ impl Place {
         }
     }
 
-    /// Whether guests have real or emulated VMX or SVM to run on.
-    pub fn has_hardware(&self) -> bool {
-        !matches!(self, Self::LocalRing3)
+    /// Whether guests have VMX or SVM to run on; the lab's is emulated and counts.
+    pub fn acceleration(&self) -> Acceleration {
+        match self {
+            Self::LocalHardware | Self::Lab(_) => Acceleration::Hardware,
+            Self::LocalRing3 => Acceleration::None,
+        }
     }
 
     /// How often the place is slower than hardware, roughly: deadlines are stretched by it.

@@ -1,6 +1,6 @@
 //! A running program, on this machine or in the lab, with everything that it has printed so far.
 
-use std::io::{BufReader, Read, Write};
+use std::io::{self, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -16,6 +16,9 @@ use rustix::process::{Pid, WaitId, WaitIdOptions, kill_process, kill_process_gro
 
 /// Output beyond this many bytes per stream is counted as lost and not kept.
 const KEPT: usize = 64 << 20;
+
+/// For waits that a person ends.
+pub const FOREVER: Duration = Duration::from_secs(365 * 86_400);
 
 /// A program to run: what to start, and how.
 #[derive(Clone, Debug, Default)]
@@ -68,13 +71,46 @@ impl Output {
 pub struct Process {
     shared: Arc<Shared>,
     control: Control,
+    stdin: Option<Stdin>,
     /// How much of standard output `expect` has consumed.
     expected: usize,
 }
 
 enum Control {
-    Local { child: Child, stdin: Option<ChildStdin>, pid: Pid },
+    Local { child: Child, pid: Pid },
     Lab(TcpStream),
+}
+
+/// A program's standard input; it ends when this is dropped.
+pub struct Stdin(StdinEnd);
+
+enum StdinEnd {
+    Local(ChildStdin),
+    Lab(TcpStream),
+}
+
+impl Write for Stdin {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        match &mut self.0 {
+            StdinEnd::Local(pipe) => pipe.write(data),
+            StdinEnd::Lab(connection) => {
+                let part = &data[..data.len().min(MAX_DATA)];
+                send(connection, &Input::Stdin, part).map(|()| part.len())
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Stdin {
+    fn drop(&mut self) {
+        if let StdinEnd::Lab(connection) = &self.0 {
+            let _ = send(connection, &Input::StdinEnd, &[]);
+        }
+    }
 }
 
 #[derive(Default)]
@@ -131,8 +167,8 @@ impl Process {
             let _ = (out.join(), err.join());
             watching.end(exit);
         });
-        let stdin = child.stdin.take();
-        Ok(Self { shared, control: Control::Local { child, stdin, pid }, expected: 0 })
+        let stdin = child.stdin.take().map(|pipe| Stdin(StdinEnd::Local(pipe)));
+        Ok(Self { shared, control: Control::Local { child, pid }, stdin, expected: 0 })
     }
 
     /// Follows a program that the lab's agent has been asked to run on this connection.
@@ -154,31 +190,24 @@ impl Process {
             };
             following.end(ended);
         });
-        Ok(Self { shared, control: Control::Lab(connection), expected: 0 })
+        let stdin = Some(Stdin(StdinEnd::Lab(connection.try_clone()?)));
+        Ok(Self { shared, control: Control::Lab(connection), stdin, expected: 0 })
     }
 
     /// Writes to its standard input.
     pub fn send(&mut self, data: impl AsRef<[u8]>) -> Result<()> {
-        match &mut self.control {
-            Control::Local { stdin: Some(stdin), .. } => {
-                stdin.write_all(data.as_ref())?;
-                Ok(stdin.flush()?)
-            }
-            Control::Local { stdin: None, .. } => bail!("standard input is closed"),
-            Control::Lab(connection) => Ok(data
-                .as_ref()
-                .chunks(MAX_DATA)
-                .try_for_each(|part| send(&*connection, &Input::Stdin, part))?),
-        }
+        let stdin = self.stdin.as_mut().context("standard input is closed")?;
+        stdin.write_all(data.as_ref()).context("write to standard input")
     }
 
     /// Ends its standard input.
-    pub fn close_stdin(&mut self) -> Result<()> {
-        match &mut self.control {
-            Control::Local { stdin, .. } => *stdin = None,
-            Control::Lab(connection) => send(&*connection, &Input::StdinEnd, &[])?,
-        }
-        Ok(())
+    pub fn close_stdin(&mut self) {
+        self.stdin = None;
+    }
+
+    /// Its standard input, for another thread to write to.
+    pub fn take_stdin(&mut self) -> Option<Stdin> {
+        self.stdin.take()
     }
 
     /// Sends it a signal.

@@ -50,7 +50,7 @@ fn passes_environment_directory_input_and_signals_on() -> Result<()> {
     process.expect("/scratch\nblue\n", DEADLINE)?;
     process.send("one\ntwo\n")?;
     process.expect("got two\n", DEADLINE)?;
-    process.close_stdin()?;
+    process.close_stdin();
     process.signal(Signal::USR1)?;
     let output = process.wait(DEADLINE)?;
     assert_eq!(output.exit, Exit::Status(3));

@@ -1,2 +1,42 @@
-//! xtask
-fn main() {}
+//! The project's commands, run as `cargo xtask COMMAND`.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+mod demo;
+mod fuzz;
+mod images;
+mod lab;
+mod runner;
+mod test;
+
+/// The project's commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Demo(demo::Demo),
+    Test(test::Test),
+    Lab(lab::Lab),
+    Images(images::Images),
+}
+
+fn main() -> ExitCode {
+    let done: Result<ExitCode> = match Arguments::parse().command {
+        Command::Demo(demo) => demo.run(),
+        Command::Test(test) => test.run(),
+        Command::Lab(lab) => lab.run(),
+        Command::Images(images) => images.run(),
+    };
+    done.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

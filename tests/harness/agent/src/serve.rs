@@ -42,8 +42,12 @@ impl Connections {
         self.changed.notify_all();
     }
 
-    fn now(&self) -> usize {
-        *self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether there is, or soon will be, only one: the ends of others may still be on their way.
+    fn is_last(&self) -> bool {
+        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        let patience = Duration::from_secs(2);
+        let waited = self.changed.wait_timeout_while(count, patience, |count| *count > 1);
+        *waited.unwrap_or_else(PoisonError::into_inner).0 <= 1
     }
 
     /// Returns when there has been no connection for `idle`.
@@ -98,7 +102,7 @@ fn connection(stream: &TcpStream, id: &str, connections: &Connections) -> Result
         }
         Request::Copy { from, to } => files::copy(&from, &to)?,
         Request::Remove { path } => files::remove(&path)?,
-        Request::PowerOff if connections.now() > 1 => bail!("the lab is in use by others"),
+        Request::PowerOff if !connections.is_last() => bail!("the lab is in use by others"),
         Request::PowerOff => {
             send(stream, &Reply::Done, &[])?;
             host::power_off();

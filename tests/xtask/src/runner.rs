@@ -1,0 +1,120 @@
+//! Runs cargo-nextest, or cargo test where that is missing, shows what they print, and counts.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use harness::{binaries, report};
+
+/// How many tests passed and failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Passed.
+    pub passed: usize,
+    /// Failed, timed out or could not be started.
+    pub failed: usize,
+}
+
+impl Counts {
+    /// Adds others.
+    pub fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
+}
+
+/// Runs tests with the same environment.
+pub struct Runner {
+    environment: Vec<(&'static str, String)>,
+}
+
+impl Runner {
+    /// For this vmm binary, with the report of where tests ran going to that file.
+    pub fn new(vmm: &Path, report: &Path) -> Self {
+        let vmm = ("VMM_BIN", vmm.display().to_string());
+        Self { environment: vec![vmm, (report::VARIABLE, report.display().to_string())] }
+    }
+
+    /// Names the lab to tests.
+    pub fn lab(&mut self, variable: Option<(&'static str, String)>) {
+        self.environment.extend(variable);
+    }
+
+    /// All tests but those in documentation; `expression` is nextest's.
+    pub fn tests(&self, filter: Option<&str>, expression: Option<&str>) -> Result<Counts> {
+        let nextest = Command::new("cargo").args(["nextest", "--version"]).output()?.status.success();
+        let mut arguments = match (nextest, expression) {
+            (true, _) => vec!["nextest", "run", "--workspace", "--no-fail-fast"],
+            (false, None) => vec!["test", "--workspace", "--all-targets", "--no-fail-fast"],
+            (false, Some(_)) => bail!("leaving out the lab takes cargo-nextest: cargo install cargo-nextest"),
+        };
+        arguments.extend(expression.iter().flat_map(|expression| ["--filterset", expression]));
+        arguments.extend(filter);
+        self.run(&arguments, if nextest { nextest_line } else { libtest_line })
+    }
+
+    /// The tests in documentation, which nextest does not run.
+    pub fn doc_tests(&self) -> Result<Counts> {
+        self.run(&["test", "--doc", "--workspace"], libtest_line)
+    }
+
+    fn run(&self, arguments: &[&str], count: fn(&str) -> Option<Counts>) -> Result<Counts> {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "exec cargo \"$@\" 2>&1", "cargo"])
+            .args(arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .current_dir(binaries::workspace())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        let mut child = command.spawn().context("cannot run cargo")?;
+        let output = child.stdout.take().context("no output of cargo")?;
+        let mut counts = Counts::default();
+        for line in BufReader::new(output).split(b'\n') {
+            let line = line?;
+            let mut out = std::io::stdout().lock();
+            out.write_all(&line)?;
+            out.write_all(b"\n")?;
+            counts.add(count(&String::from_utf8_lossy(&line)).unwrap_or_default());
+        }
+        let status = child.wait()?;
+        if !status.success() && counts.failed == 0 {
+            bail!("`cargo {}` failed before or after its tests", arguments.join(" "));
+        }
+        Ok(counts)
+    }
+}
+
+/// `     Summary [   0.960s] 7 tests run: 5 passed (1 slow), 1 failed, 1 timed out, 2 skipped`
+fn nextest_line(line: &str) -> Option<Counts> {
+    let (_, summary) = line.trim_start().strip_prefix("Summary [")?.split_once("] ")?;
+    let (run, results) = summary.split_once(" run: ")?;
+    // With --no-fail-fast off or after an interrupt this reads `3/7 tests`.
+    let run: usize = run.split([' ', '/']).next()?.parse().ok()?;
+    let passed = results.split(", ").find_map(|part| part.split_once(" passed"))?.0.parse().ok()?;
+    Some(Counts { passed, failed: run - passed })
+}
+
+/// `test result: ok. 7 passed; 0 failed; 0 ignored; …`
+fn libtest_line(line: &str) -> Option<Counts> {
+    let results = line.strip_prefix("test result: ")?.split_once(". ")?.1;
+    let number =
+        |word: &str| results.split("; ").find_map(|part| part.strip_suffix(word)?.trim().parse().ok());
+    Some(Counts { passed: number("passed")?, failed: number("failed")? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_are_read_from_both_runners() {
+        let line =
+            "     Summary [  10.960s] 9 tests run: 6 passed (1 slow), 2 failed, 1 timed out, 2 skipped";
+        assert_eq!(nextest_line(line), Some(Counts { passed: 6, failed: 3 }));
+        let line = "test result: FAILED. 7 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.96s";
+        assert_eq!(libtest_line(line), Some(Counts { passed: 7, failed: 2 }));
+        assert_eq!(nextest_line("        PASS [   0.009s] harness::lab two_clients_at_once"), None);
+    }
+}

@@ -210,6 +210,10 @@ pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOw
     /// The key that a bare first value stands for (`--disk FILE` is `--disk path=FILE`), if any.
     const BARE_KEY: Option<&'static str> = None;
 
+    /// A machine that says nothing has one, so the command line has a flag to leave it out. Such a kind works
+    /// with nothing chosen.
+    const ON_BY_DEFAULT: bool = false;
+
     /// Opens the host's side and makes the device. The error is a sentence for the operator.
     fn open(&self) -> Result<Box<dyn VirtioDevice>, OpenError>;
 
@@ -237,7 +241,7 @@ pub enum OpenError {
         /// What is wrong, in a few words.
         reason: String,
         /// What to do about it.
-        remedy: &'static str,
+        remedy: String,
     },
     /// A value does not fit.
     #[error("{kind}: {problem}")]

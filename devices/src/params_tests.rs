@@ -68,7 +68,7 @@ fn a_comma_in_a_value_is_doubled() {
     for (text, path) in [("a,,b", "a,b"), ("path=a,,,,b", "a,,b"), ("a,,", "a,"), (",,a", ",a")] {
         assert_eq!(read(text).map(|s| s.path), Ok(path.into()), "{text}");
     }
-    assert!(read("a,,,ro").is_ok_and(|s| s.path == PathBuf::from("a,") && s.ro));
+    assert!(read("a,,,ro").is_ok_and(|s| s.path.as_os_str() == "a," && s.ro));
 }
 
 #[test]

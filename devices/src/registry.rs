@@ -17,6 +17,8 @@ pub struct Kind {
     pub syntax: &'static str,
     /// One line of help.
     pub help: &'static str,
+    /// See [`DeviceKind::ON_BY_DEFAULT`].
+    pub on_by_default: bool,
     /// Parses the flag's value.
     pub parse: fn(&str) -> Result<DeviceConfig, ParamError>,
     /// A device for tests, see [`DeviceKind::specimen`].
@@ -42,6 +44,7 @@ macro_rules! registry {
                 name: <$config>::NAME,
                 syntax: <$config>::SYNTAX,
                 help: <$config>::HELP,
+                on_by_default: <$config>::ON_BY_DEFAULT,
                 parse: |text| params::from_str(text, <$config>::BARE_KEY).map(DeviceConfig::$variant),
                 #[cfg(any(test, feature = "specimen"))]
                 specimen: <$config>::specimen,

@@ -127,7 +127,7 @@ impl Date {
 }
 
 fn bcd(value: u8) -> u8 {
-    value / 10 << 4 | value % 10
+    ((value / 10) << 4) | (value % 10)
 }
 
 #[cfg(test)]
@@ -193,6 +193,6 @@ mod tests {
             assert_eq!(date.weekday, before.weekday % 7 + 1);
             before = date;
         }
-        assert_eq!((before.year, before.month, before.day), (2517, 7, 30));
+        assert_eq!((before.year, before.month, before.day), (2517, 7, 31));
     }
 }

@@ -48,20 +48,18 @@ impl<'m> Buffers<'m> {
     ) -> Option<(Self, Self)> {
         let (mut readable, mut writable) = (Self::default(), Self::default());
         let mut last: Option<Descriptor> = None;
-        for descriptor in descriptors.by_ref() {
+        for (count, descriptor) in descriptors.by_ref().enumerate() {
+            let readable_after_writable =
+                last.is_some_and(|last| last.is_write_only()) && !descriptor.is_write_only();
+            if readable_after_writable || count == MAX_CHAIN {
+                return None;
+            }
             last = Some(descriptor);
-            let side = match (descriptor.is_write_only(), writable.slices.is_empty()) {
-                (true, _) => &mut writable,
-                (false, true) => &mut readable,
-                (false, false) => return None,
-            };
             if descriptor.len() != 0 {
+                let side = if descriptor.is_write_only() { &mut writable } else { &mut readable };
                 let slice = mem.get_slice(descriptor.addr(), descriptor.len() as usize).ok()?;
                 side.len += slice.len();
                 side.slices.push(slice);
-            }
-            if readable.slices.len() + writable.slices.len() > MAX_CHAIN {
-                return None;
             }
         }
         // The walk ends early, without an error, where it cannot go on: then the last descriptor promised more.

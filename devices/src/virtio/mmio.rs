@@ -7,7 +7,7 @@ use tracing::debug;
 
 use super::config_space::ConfigSpace;
 use super::registers::{Registers, Ring, Status, StatusAction};
-use crate::model::{BusDevice, DeviceHost, Identity, IrqLine, Notifier, VirtioDevice};
+use crate::model::{BusDevice, DeviceHost, Identity, IrqLine, Notifier};
 
 /// Bytes of address space of one device.
 pub const SIZE: u64 = 0x1000;
@@ -69,11 +69,6 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// The transport of `device`, which `host` owns.
-    pub fn new(device: &dyn VirtioDevice, notifier: Arc<MmioNotifier>, host: Arc<dyn DeviceHost>) -> Self {
-        Self::of(Identity::of(device), notifier, host)
-    }
-
     /// The transport of the device with this identity, which has already moved to its `host`.
     pub fn of(device: Identity, notifier: Arc<MmioNotifier>, host: Arc<dyn DeviceHost>) -> Self {
         Self {

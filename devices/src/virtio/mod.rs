@@ -8,6 +8,13 @@ pub mod net;
 pub mod queue;
 pub mod registers;
 pub mod rng;
+pub mod service;
+
+#[cfg(any(test, feature = "specimen"))]
+pub mod test_driver;
+
+#[cfg(test)]
+mod conformance;
 
 /// VIRTIO_F_INDIRECT_DESC, virtio 1.3 §6.
 pub const F_INDIRECT_DESC: u64 = 1 << 28;

@@ -91,6 +91,8 @@ pub struct Chain<'m> {
 impl QueueCore {
     /// Starts a queue as the driver configured it, after checking everything that can be checked now.
     /// `index` is for the error, `epoch` is to differ from that of the queue's previous life.
+    ///
+    /// A queue that the driver did not make ready is one that it does not want to use: it stays empty.
     pub fn new(
         index: u16,
         config: &QueueConfig,
@@ -102,6 +104,11 @@ impl QueueCore {
             || ActivateError::QueueSize { queue: index, size: config.size, max: config.max_size };
         let address_error = |_| ActivateError::QueueAddress { queue: index };
         let mut ring = Queue::new(config.max_size).map_err(|_| size_error())?;
+        let in_flight = |size: u16| vec![0; usize::from(size).div_ceil(64)].into();
+        if !config.ready {
+            let in_flight = in_flight(ring.size());
+            return Ok(Self { ring, in_flight, epoch, fault: None, mistakes: 0, budget: 0, pushed: false });
+        }
         ring.try_set_size(config.size).map_err(|_| size_error())?;
         ring.try_set_desc_table_address(GuestAddress(config.desc)).map_err(address_error)?;
         ring.try_set_avail_ring_address(GuestAddress(config.driver)).map_err(address_error)?;
@@ -112,13 +119,18 @@ impl QueueCore {
         if config.driver == 0 || !ring.is_valid(mem) {
             return Err(ActivateError::QueueAddress { queue: index });
         }
-        let in_flight = vec![0; usize::from(config.size).div_ceil(64)].into();
+        let in_flight = in_flight(config.size);
         Ok(Self { ring, in_flight, epoch, fault: None, mistakes: 0, budget: 0, pushed: false })
     }
 
     /// How the driver broke this queue, if it did. It stays unusable until the device is reset.
     pub fn fault(&self) -> Option<Fault> {
         self.fault
+    }
+
+    /// Whether there is a ring to look at: the driver made it ready, and has not broken it.
+    fn is_usable(&self) -> bool {
+        self.fault.is_none() && self.ring.ready()
     }
 
     /// Malformed chains since the last call of this.
@@ -133,7 +145,7 @@ impl QueueCore {
 
     /// Whether the driver is to be interrupted for what was pushed since the last call of this.
     pub fn take_notification(&mut self, mem: &GuestMemory) -> bool {
-        if !std::mem::take(&mut self.pushed) || self.fault.is_some() {
+        if !std::mem::take(&mut self.pushed) || !self.is_usable() {
             return false;
         }
         if !self.ring.event_idx_enabled() {
@@ -153,14 +165,14 @@ impl QueueCore {
 
     /// Asks the driver not to kick while the queue is being served anyway.
     pub fn disable_kicks(&mut self, mem: &GuestMemory) {
-        if self.fault.is_none() && self.ring.disable_notification(mem).is_err() {
+        if self.is_usable() && self.ring.disable_notification(mem).is_err() {
             self.break_with(Fault::Memory);
         }
     }
 
     /// Asks for kicks again. Returns whether chains came in meanwhile, which no kick will announce.
     pub fn enable_kicks(&mut self, mem: &GuestMemory) -> bool {
-        if self.fault.is_some() {
+        if !self.is_usable() {
             return false;
         }
         match self.ring.enable_notification(mem) {
@@ -186,7 +198,7 @@ impl QueueCore {
 
     /// The driver may not use `head` again before this: clears its bit and writes the used ring.
     fn push(&mut self, mem: &GuestMemory, head: Head, written: u32) {
-        if head.epoch != self.epoch || self.fault.is_some() {
+        if head.epoch != self.epoch || !self.is_usable() {
             return;
         }
         let (word, bit) = self.flight_bit(head.index);
@@ -236,7 +248,7 @@ impl<'a> VirtQueue<'a> {
     /// A malformed chain never gets here: it is given back with length 0 and counted.
     pub fn pop(&mut self) -> Option<Chain<'a>> {
         loop {
-            if self.core.fault.is_some() || self.core.budget == 0 {
+            if !self.core.is_usable() || self.core.budget == 0 {
                 return None;
             }
             let mut descriptors = match self.core.ring.iter(self.mem) {
@@ -278,7 +290,7 @@ impl<'a> VirtQueue<'a> {
 
     /// Puts the chain that was popped last back, as if it had not been popped.
     pub fn unpop(&mut self, chain: Chain<'a>) {
-        if chain.head.epoch != self.core.epoch || self.core.fault.is_some() {
+        if chain.head.epoch != self.core.epoch || !self.core.is_usable() {
             return;
         }
         let (word, bit) = self.core.flight_bit(chain.head.index);
@@ -309,3 +321,7 @@ impl<'a> VirtQueue<'a> {
         self.core.budget == 0
     }
 }
+
+#[cfg(test)]
+#[path = "queue_tests.rs"]
+mod tests;

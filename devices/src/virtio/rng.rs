@@ -24,6 +24,7 @@ impl DeviceKind for Config {
     const NAME: &'static str = "rng";
     const SYNTAX: &'static str = "";
     const HELP: &'static str = "Random numbers from the host";
+    const ON_BY_DEFAULT: bool = true;
 
     fn open(&self) -> Result<Box<dyn VirtioDevice>, OpenError> {
         Ok(Box::new(Rng::new()))
@@ -109,4 +110,67 @@ impl VirtioDevice for Rng {
     }
 
     fn reset(&mut self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::Ordering;
+
+    use super::*;
+    use crate::virtio::test_driver::Driver;
+
+    fn driver() -> Driver {
+        let mut driver = Driver::new(Config::specimen());
+        driver.start(0);
+        driver
+    }
+
+    #[test]
+    fn fills_what_it_is_given_and_says_how_much() {
+        let mut driver = driver();
+        for parts in [&[1][..], &[64], &[4095], &[4097], &[1, 2, 3, 10_000]] {
+            let reply = driver.request(0, &[], parts);
+            assert_eq!(reply.used, Some(parts.iter().sum::<usize>() as u32), "{parts:?}");
+            let last = reply.data.last().expect("a buffer");
+            if last.len() >= 64 {
+                assert!(last.iter().any(|&byte| byte != last[0]), "{parts:?} is not random");
+            }
+        }
+        let [first, second] = [0, 1].map(|_| driver.request(0, &[], &[64]).data);
+        assert_ne!(first, second);
+    }
+
+    #[test]
+    fn one_request_gets_at_most_64_kib() {
+        let mut driver = driver();
+        let reply = driver.request(0, &[], &[100_000, 100_000]);
+        assert_eq!(reply.used, Some(65536));
+        assert!(
+            reply.data[0][65536..].iter().chain(&reply.data[1]).all(|&byte| byte == 0xa5),
+            "wrote past it"
+        );
+        assert_eq!(driver.counters.bytes_to_guest.load(Ordering::Relaxed), 65536);
+    }
+
+    #[test]
+    fn a_readable_buffer_is_a_mistake_and_gets_nothing() {
+        let mut driver = driver();
+        assert_eq!(
+            driver.request(0, &[&[7; 32]], &[]),
+            crate::virtio::test_driver::Reply { used: Some(0), data: vec![] }
+        );
+        assert_eq!(driver.counters.guest_mistakes.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn a_full_queue_of_large_requests_takes_several_turns_and_all_are_done() {
+        let mut driver = driver();
+        for _ in 0..256 {
+            driver.post(0, &[], &[65536]);
+        }
+        driver.kick(0);
+        let used = driver.used(0);
+        assert_eq!(used.len(), 256);
+        assert!(used.iter().all(|&(_, len)| len == 65536));
+    }
 }

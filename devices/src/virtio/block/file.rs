@@ -25,11 +25,11 @@ impl Disk {
     /// The lock (flock) is shared by those who read and exclusive for who writes, so that two VMs cannot
     /// destroy a file system that both of them have mounted.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, OpenError> {
-        let error = |reason: String, remedy| OpenError::File {
+        let error = |reason: String, remedy: &str| OpenError::File {
             what: "disk",
             path: path.display().to_string(),
             reason,
-            remedy,
+            remedy: remedy.into(),
         };
         let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
         // NONBLOCK: a FIFO must not keep us waiting before it is refused. Disks do not care.
@@ -87,7 +87,13 @@ impl Disk {
         let fd = rustix::fs::memfd_create("specimen", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
         let bytes: Vec<u8> = (0..SECTORS).flat_map(|sector| [sector as u8; SECTOR as usize]).collect();
         assert_eq!(rustix::io::pwrite(&fd, &bytes, 0), Ok(bytes.len()));
-        Self { fd, sectors: SECTORS, read_only }
+        Self::on(fd, SECTORS, read_only)
+    }
+
+    /// A disk on whatever is open.
+    #[cfg(any(test, feature = "specimen"))]
+    pub fn on(fd: OwnedFd, sectors: u64, read_only: bool) -> Self {
+        Self { fd, sectors, read_only }
     }
 
     /// The open file, for tests to look at behind the device's back.

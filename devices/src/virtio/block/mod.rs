@@ -251,4 +251,4 @@ fn config_bytes(sectors: u64) -> [u8; 24] {
 }
 
 #[cfg(test)]
-mod tests {}
+mod tests;

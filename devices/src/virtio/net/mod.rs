@@ -251,4 +251,4 @@ fn config_bytes(mac: MacAddr) -> [u8; 8] {
 }
 
 #[cfg(test)]
-mod tests {}
+mod tests;

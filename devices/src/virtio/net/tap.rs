@@ -23,8 +23,13 @@ pub struct Tap {
 impl Tap {
     /// Opens the tap interface `name`, which exists.
     pub fn open(name: &str) -> Result<Self, OpenError> {
-        let error =
-            |reason: String, remedy| OpenError::File { what: "tap", path: name.into(), reason, remedy };
+        let error = |reason: String, remedy: &str| OpenError::File {
+            what: "tap",
+            path: name.into(),
+            reason,
+            remedy: remedy.into(),
+        };
+        let make = format!("make it with: ip tuntap add {name} mode tap");
         let fits =
             !name.is_empty() && name.len() < libc::IFNAMSIZ && !name.bytes().any(|b| b == 0 || b == b'/');
         if !fits {
@@ -34,7 +39,7 @@ impl Tap {
         let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None)
             .map_err(|errno| error(errno.to_string(), "close some files"))?;
         rustix::net::netdevice::name_to_index(&socket, name)
-            .map_err(|_| error("no such interface".into(), "make it: ip tuntap add NAME mode tap"))?;
+            .map_err(|_| error("no such interface".into(), &make))?;
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let fd = rustix::fs::open("/dev/net/tun", flags, Mode::empty()).map_err(|errno| match errno {
             Errno::ACCESS | Errno::PERM => {
@@ -55,14 +60,10 @@ impl Tap {
                 Some(libc::EBUSY) => {
                     error("another program uses it".into(), "stop that, or make another tap")
                 }
-                Some(libc::EPERM) => error(
-                    "not permitted".into(),
-                    "make it yours: ip tuntap add NAME mode tap user $USER, or run with CAP_NET_ADMIN",
-                ),
-                Some(libc::EINVAL) => error(
-                    "not a tap interface with one queue".into(),
-                    "make one: ip tuntap add NAME mode tap",
-                ),
+                Some(libc::EPERM) => {
+                    error("not permitted".into(), &format!("{make} user $USER, or run with CAP_NET_ADMIN"))
+                }
+                Some(libc::EINVAL) => error("not a tap interface with one queue".into(), &make),
                 _ => error(cause.to_string(), "check it with ip link show"),
             }
         })?;

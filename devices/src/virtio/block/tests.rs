@@ -1,0 +1,334 @@
+//! The block device as a driver and as a hostile driver see it, and disks as an operator gives them.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+
+use super::*;
+use crate::virtio::test_driver::{DATA, Desc, Driver, NEXT, Reply, WRITE};
+
+const IN: u32 = 0;
+const OUT: u32 = 1;
+const FLUSH: u32 = 4;
+const GET_ID: u32 = 8;
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+const FLUSH_FEATURE: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+/// Sectors of a specimen.
+const SECTORS: u64 = 2048;
+
+fn header(kind: u32, sector: u64) -> [u8; 16] {
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&kind.to_le_bytes());
+    header[8..].copy_from_slice(&sector.to_le_bytes());
+    header
+}
+
+/// A driver of a specimen, and the specimen's file.
+fn driver(ro: bool, features: u64) -> (Driver, File) {
+    let block = Block::specimen(ro);
+    let file = File::from(block.disk.fd().try_clone().expect("descriptor"));
+    (start(block, features), file)
+}
+
+fn start(block: Block, features: u64) -> Driver {
+    let mut driver = Driver::new(Box::new(block));
+    driver.start(features);
+    driver
+}
+
+/// A request with room for `room` bytes of data. Returns the status and that room.
+fn ask(driver: &mut Driver, header: &[u8], data: &[u8], room: usize) -> (u8, Vec<u8>) {
+    let reply = driver.request(0, &[header, data], &[room, 1]);
+    assert_eq!(reply.used, Some(room as u32 + 1));
+    (reply.data[1][0], reply.data[0].clone())
+}
+
+fn status(driver: &mut Driver, header: &[u8], data: &[u8], room: usize) -> u8 {
+    ask(driver, header, data, room).0
+}
+
+fn content(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; (SECTORS * SECTOR) as usize];
+    file.read_exact_at(&mut bytes, 0).expect("the whole disk");
+    bytes
+}
+
+#[test]
+fn what_is_written_is_read_back_by_guest_and_host() {
+    let (mut driver, file) = driver(false, FLUSH_FEATURE);
+    let data: Vec<u8> = (0..2048).map(|i| (i % 251) as u8).collect();
+    assert_eq!(status(&mut driver, &header(OUT, 2044), &data, 0), OK);
+    assert_eq!(ask(&mut driver, &header(IN, 2044), &[], 2048), (OK, data.clone()));
+    assert_eq!(content(&file)[2044 * 512..], data);
+    assert_eq!(ask(&mut driver, &header(IN, 7), &[], 512), (OK, vec![7; 512]));
+    assert_eq!(status(&mut driver, &header(FLUSH, 0), &[], 0), OK);
+    assert_eq!(driver.counters.bytes_from_guest.load(Ordering::Relaxed), 2048);
+    assert_eq!(driver.counters.bytes_to_guest.load(Ordering::Relaxed), 2048 + 512);
+    assert_eq!(driver.counters.guest_mistakes.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn the_capacity_is_the_files() {
+    let (driver, _) = driver(false, 0);
+    let mut bytes = [0; 24];
+    crate::model::BusDevice::read(&driver.transport, 0x100, &mut bytes);
+    assert_eq!(bytes[..8], SECTORS.to_le_bytes());
+    assert_eq!(bytes[12..16], 254u32.to_le_bytes(), "seg_max");
+    assert_eq!(bytes[20..], 512u32.to_le_bytes(), "blk_size");
+}
+
+#[test]
+fn descriptors_begin_and_end_where_they_like() {
+    let (mut driver, _) = driver(false, 0);
+    let bytes = header(IN, 9);
+    let split: Vec<&[u8]> = bytes.chunks(1).collect();
+    // The status is the last writable byte, be it alone or not.
+    for room in [vec![513], vec![512, 1], vec![1, 511, 1], vec![300, 213], vec![0, 512, 0, 1, 0]] {
+        let Reply { used, data } = driver.request(0, &split, &room);
+        let data = data.concat();
+        assert_eq!((used, data[512]), (Some(513), OK), "{room:?}");
+        assert_eq!(data[..512], [9; 512], "{room:?}");
+    }
+    let many = vec![1; 200];
+    assert_eq!(
+        driver.request(0, &[&bytes[..3], &bytes[3..]], &many).used,
+        Some(200),
+        "199 bytes are no sector"
+    );
+}
+
+#[test]
+fn a_write_takes_its_data_from_the_descriptor_of_the_header_too() {
+    let (mut driver, file) = driver(false, 0);
+    let mut all = header(OUT, 3).to_vec();
+    all.extend([0xcc; 512]);
+    assert_eq!(driver.request(0, &[&all], &[1]), Reply { used: Some(1), data: vec![vec![OK]] });
+    assert_eq!(content(&file)[3 * 512..4 * 512], [0xcc; 512]);
+}
+
+#[test]
+fn the_identity_is_20_bytes() {
+    let (mut driver, _) = driver(false, 0);
+    let mut id = *b"specimen\0\0\0\0\0\0\0\0\0\0\0\0";
+    assert_eq!(ask(&mut driver, &header(GET_ID, 0), &[], 20), (OK, id.to_vec()));
+    assert_eq!(ask(&mut driver, &header(GET_ID, 0), &[], 4), (OK, b"spec".to_vec()));
+    id[8..].fill(0);
+    assert_eq!(ask(&mut driver, &header(GET_ID, 0), &[], 30).1, [&id[..], &[0; 10]].concat());
+}
+
+#[test]
+fn unknown_requests_are_unsupported_and_no_mistake() {
+    let (mut driver, file) = driver(false, 0);
+    let before = content(&file);
+    for kind in [2, 3, 5, 6, 7, 9, 10, 11, 13, 14, 0x8000_0000, 0x8000_0001, u32::MAX] {
+        let (status, data) = ask(&mut driver, &header(kind, 0), &[1; 512], 512);
+        assert_eq!((status, data), (UNSUPP, vec![0; 512]), "type {kind:#x}");
+    }
+    assert!(content(&file) == before);
+    assert_eq!(driver.counters.guest_mistakes.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn requests_past_the_end_or_of_part_of_a_sector_fail() {
+    let (mut driver, file) = driver(false, 0);
+    let before = content(&file);
+    let cases = [
+        (SECTORS, 512),
+        (SECTORS - 1, 1024),
+        (0, SECTORS as usize * 256 + 1),
+        (u64::MAX, 512),
+        (u64::MAX / 512, 512),
+        (u64::MAX / 512 + 1, 512),
+        (1 << 63, 512),
+        (u64::MAX - 1, 1024),
+        (0, 1),
+        (0, 511),
+        (0, 513),
+    ];
+    for (sector, len) in cases {
+        assert_eq!(status(&mut driver, &header(IN, sector), &[], len), IOERR, "read {len} at {sector}");
+        assert_eq!(
+            status(&mut driver, &header(OUT, sector), &vec![1; len], 0),
+            IOERR,
+            "write {len} at {sector}"
+        );
+    }
+    assert!(content(&file) == before);
+    assert_eq!(driver.counters.guest_mistakes.load(Ordering::Relaxed), 2 * cases.len() as u64);
+    assert_eq!(status(&mut driver, &header(IN, SECTORS), &[], 0), OK, "nothing at the very end");
+    assert_eq!(status(&mut driver, &header(IN, SECTORS + 1), &[], 0), IOERR, "nothing after it");
+}
+
+#[test]
+fn chains_without_a_header_or_a_status_come_back_untouched() {
+    let (mut driver, _) = driver(false, 0);
+    let short = driver.request(0, &[&header(IN, 0)[..15]], &[512, 1]);
+    assert_eq!(short, Reply { used: Some(0), data: vec![vec![0xa5; 512], vec![0xa5]] });
+    assert_eq!(driver.request(0, &[&header(OUT, 0), &[1; 512]], &[]).used, Some(0));
+    assert_eq!(driver.request(0, &[], &[512, 1]).used, Some(0));
+    assert_eq!(driver.counters.guest_mistakes.load(Ordering::Relaxed), 3);
+}
+
+#[test]
+fn a_read_only_disk_refuses_writes_whatever_the_driver_agreed_to() {
+    for features in [0, 1 << VIRTIO_BLK_F_RO, FLUSH_FEATURE] {
+        let (mut driver, file) = driver(true, features);
+        assert_ne!(driver.offered() & 1 << VIRTIO_BLK_F_RO, 0);
+        let before = content(&file);
+        assert_eq!(status(&mut driver, &header(OUT, 0), &[1; 512], 0), IOERR);
+        let Reply { data, .. } = driver.request(0, &[&header(OUT, 1), &[1; 100], &[1; 412]], &[1]);
+        assert_eq!(data, [[IOERR]]);
+        for kind in [11, 13, 14] {
+            assert_eq!(status(&mut driver, &header(kind, 0), &[0; 16], 0), UNSUPP, "discard, zero, erase");
+        }
+        assert_eq!(status(&mut driver, &header(FLUSH, 0), &[], 0), OK);
+        assert_eq!(ask(&mut driver, &header(IN, 5), &[], 512), (OK, vec![5; 512]));
+        assert!(content(&file) == before, "features {features:#x}");
+    }
+}
+
+#[test]
+fn a_read_only_disk_is_opened_for_reading_only() {
+    let file = image(512);
+    let disk = Disk::open(file.path(), true).expect("opens");
+    let error = rustix::io::pwrite(disk.fd(), b"x", 0).expect_err("no write access");
+    assert_eq!(error, rustix::io::Errno::BADF);
+}
+
+#[test]
+fn a_file_that_was_cut_short_gives_errors_and_no_old_memory() {
+    let (mut driver, file) = driver(false, 0);
+    file.set_len(512 * 10 + 100).expect("truncate");
+    assert_eq!(ask(&mut driver, &header(IN, 9), &[], 512), (OK, vec![9; 512]));
+    let (status, data) = ask(&mut driver, &header(IN, 10), &[], 1024);
+    assert_eq!(status, IOERR);
+    assert_eq!(data[..100], [10; 100]);
+    assert_eq!(data[100..], [0; 924]);
+    assert_eq!(driver.counters.host_errors.load(Ordering::Relaxed), 1);
+}
+
+/// A disk on a character device of the host, for its errors.
+fn odd_disk(path: &str) -> Block {
+    let file = File::options().read(true).write(true).open(path).expect(path);
+    Block::new(Disk::on(file.into(), 8, false), "")
+}
+
+#[test]
+fn a_full_host_is_an_error_of_the_request() {
+    let mut driver = start(odd_disk("/dev/full"), FLUSH_FEATURE);
+    assert_eq!(status(&mut driver, &header(OUT, 0), &[1; 512], 0), IOERR);
+    assert_eq!(driver.counters.host_errors.load(Ordering::Relaxed), 1);
+}
+
+#[test]
+fn writes_are_flushed_for_a_driver_that_cannot() {
+    // /dev/null takes writes and cannot be flushed: so a flush shows.
+    let mut driver = start(odd_disk("/dev/null"), 0);
+    assert_eq!(status(&mut driver, &header(OUT, 0), &[1; 512], 0), IOERR);
+    driver.start(FLUSH_FEATURE);
+    assert_eq!(status(&mut driver, &header(OUT, 0), &[1; 512], 0), OK);
+    assert_eq!(status(&mut driver, &header(FLUSH, 0), &[], 0), IOERR);
+    driver.start(0);
+    assert_eq!(status(&mut driver, &header(OUT, 0), &[1; 512], 0), IOERR, "a reset forgets");
+}
+
+#[test]
+fn one_request_of_many_megabytes_goes_through_whole() {
+    let (mut driver, _) = driver(false, 0);
+    // 250 buffers of 2 KiB each, all at the same place but the last.
+    driver.write(DATA, &header(IN, 0));
+    driver.set_desc(0, 0, Desc { addr: DATA, len: 16, flags: NEXT, next: 1 });
+    for i in 1..=250 {
+        driver.set_desc(0, i, Desc { addr: DATA + 0x1000, len: 2048, flags: WRITE | NEXT, next: i + 1 });
+    }
+    driver.set_desc(0, 251, Desc { addr: DATA + 0x2000, len: 1, flags: WRITE, next: 0 });
+    driver.offer(0, 0);
+    driver.kick(0);
+    assert_eq!(driver.used(0), [(0, 250 * 2048 + 1)]);
+    assert_eq!(driver.read(DATA + 0x1000, 512), [(249 * 4) as u8; 512]);
+}
+
+/// An image of `bytes` bytes on the host.
+fn image(bytes: u64) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().expect("temporary file");
+    file.as_file().set_len(bytes).expect("size");
+    file
+}
+
+fn refusal(config: &Config) -> String {
+    config.open().err().expect("refused").to_string()
+}
+
+#[test]
+fn what_is_no_disk_is_refused_in_one_sentence() {
+    let directory = tempfile::tempdir().expect("directory");
+    let missing = directory.path().join("missing.img");
+    let (empty, odd) = (image(0), image(1000));
+    for (path, ro, want) in [
+        (missing.as_path(), false, "no such file; check the path, or make an image with truncate(1)"),
+        (directory.path(), false, "it is a directory; give a raw disk image or a block device"),
+        (directory.path(), true, "it is a directory; give a raw disk image or a block device"),
+        (
+            Path::new("/dev/null"),
+            true,
+            "it is neither a file nor a block device; give a raw disk image or a block device",
+        ),
+        (empty.path(), true, "it is empty; give it a size with truncate(1)"),
+        (
+            odd.path(),
+            false,
+            "its size of 1000 bytes is not a multiple of 512; extend it with truncate(1), and check that it is a raw image",
+        ),
+    ] {
+        let text = refusal(&Config { ro, ..Config::new(path) });
+        assert_eq!(text, format!("cannot open disk '{}': {want}", path.display()));
+    }
+    let fifo = directory.path().join("fifo");
+    rustix::fs::mknodat(rustix::fs::CWD, &fifo, rustix::fs::FileType::Fifo, 0o600.into(), 0).expect("fifo");
+    assert!(
+        refusal(&Config { ro: true, ..Config::new(&fifo) }).contains("neither a file nor a block device")
+    );
+    let id = |id: &str| Config { id: Some(id.into()), ..Config::new(image(512).path()) };
+    assert_eq!(
+        refusal(&id("a name that is too long")),
+        "disk: id 'a name that is too long' does not fit; use at most 20 ASCII characters without spaces"
+    );
+}
+
+#[test]
+fn a_disk_has_one_writer_or_many_readers() {
+    let file = image(512);
+    let config = |ro| Config { ro, ..Config::new(file.path()) };
+    let readers = [config(true).open().expect("one reader"), config(true).open().expect("another")];
+    assert!(refusal(&config(false)).contains("another VM is using it; stop that VM, or add ',ro' to both"));
+    drop(readers);
+    let writer = config(false).open().expect("a writer");
+    assert!(refusal(&config(false)).contains("another VM is using it"));
+    assert!(refusal(&config(true)).contains("another VM is writing to it; stop that VM, or make a copy"));
+    drop(writer);
+    config(false).open().expect("another writer");
+}
+
+#[test]
+fn the_guest_is_told_where_its_root_is() {
+    let root = |ro| Config { root: true, ro, ..Config::new(Path::new("x")) };
+    assert_eq!(root(false).kernel_parameters(0).as_deref(), Some("root=/dev/vda rw"));
+    assert_eq!(root(true).kernel_parameters(25).as_deref(), Some("root=/dev/vdz ro"));
+    assert_eq!(root(true).kernel_parameters(26).as_deref(), Some("root=/dev/vdaa ro"));
+    assert_eq!(root(true).kernel_parameters(27 * 26).as_deref(), Some("root=/dev/vdaaa ro"));
+    assert_eq!(Config::new(Path::new("x")).kernel_parameters(0), None);
+}
+
+#[test]
+fn flags_and_files_say_the_same() {
+    let parse = crate::registry::KINDS[0].parse;
+    let want = Config { path: "/a,b.img".into(), ro: true, id: Some("root".into()), root: false };
+    assert_eq!(parse("/a,,b.img,ro,id=root"), Ok(crate::registry::DeviceConfig::Disk(want)));
+    let json = r#"{"kind":"disk","path":"/a,b.img","ro":true,"id":"root"}"#;
+    assert_eq!(serde_json::from_str(json).ok(), parse("path=/a,,b.img,ro=on,id=root").ok());
+    let unknown =
+        serde_json::from_str::<crate::registry::DeviceConfig>(r#"{"kind":"disk","path":"x","rw":true}"#);
+    assert!(unknown.expect_err("unknown key").to_string().contains("rw"));
+}

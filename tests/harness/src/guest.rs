@@ -25,6 +25,7 @@ pub struct Guest<'a> {
     rootfs: Rootfs<'a>,
     disks: Vec<(&'a Disk, &'a str)>,
     net: Option<&'a NetNs>,
+    within: Option<&'a NetNs>,
     append: Vec<String>,
     command: Option<String>,
     arguments: Vec<String>,
@@ -49,6 +50,7 @@ impl<'a> Guest<'a> {
             rootfs: Rootfs::Demo,
             disks: Vec::new(),
             net: None,
+            within: None,
             append: Vec::new(),
             command: None,
             arguments: Vec::new(),
@@ -66,6 +68,9 @@ impl<'a> Guest<'a> {
     pub fn kernel(mut self, kernel: Kernel) -> Self {
         if kernel.needs() == Needs::Hardware {
             self.needs = Needs::Hardware;
+        }
+        if matches!(kernel, Kernel::Micro(_)) && matches!(self.rootfs, Rootfs::Demo) {
+            self.rootfs = Rootfs::None;
         }
         self.kernel = kernel;
         self
@@ -106,6 +111,12 @@ impl<'a> Guest<'a> {
     /// `--net` with the namespace's tap; the guest has [`GUEST_ADDRESS`], and the VMM runs within the namespace.
     pub fn net(mut self, net: &'a NetNs) -> Self {
         self.net = Some(net);
+        self.within(net)
+    }
+
+    /// Runs the VMM within the namespace; which device is in it is up to [`Guest::arg`].
+    pub fn within(mut self, net: &'a NetNs) -> Self {
+        self.within = Some(net);
         self
     }
 
@@ -159,7 +170,7 @@ impl<'a> Guest<'a> {
 
     /// Boots the guest and returns while it runs.
     pub fn start(self) -> Result<Running<'a>> {
-        let place = match self.net {
+        let place = match self.within {
             Some(net) => net.place().clone(),
             None => Place::choose(self.needs)?,
         };
@@ -172,7 +183,7 @@ impl<'a> Guest<'a> {
         report::boots(&kernel.describe(), &place)?;
         let mut lent = Vec::new();
         let mut program = Program::new(self.arguments(&kernel, &place, &mut lent)?);
-        if let Some(net) = self.net {
+        if let Some(net) = self.within {
             program = net.within(&program);
         }
         let process = place.start(&program)?;
@@ -189,7 +200,7 @@ impl<'a> Guest<'a> {
         }
         match &self.rootfs {
             Rootfs::Demo => option("--rootfs", place.provide(&crate::demo_image()?)? + ",ro"),
-            Rootfs::None => {}
+            Rootfs::None => option("--rootfs", "none".into()),
             Rootfs::Disk(disk) => option("--rootfs", lend(disk, place, lent)?),
             Rootfs::ReadOnly(image) => option("--rootfs", place.provide(image)? + ",ro"),
         }
@@ -270,6 +281,7 @@ impl Running<'_> {
         }
         Ok(Run {
             exit: output.exit,
+            output: output.stdout.clone(),
             console: String::from_utf8_lossy(&output.stdout).replace('\r', ""),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
             place: self.place,
@@ -282,7 +294,9 @@ impl Running<'_> {
 pub struct Run {
     /// How `vmm run` ended.
     pub exit: Exit,
-    /// What the guest printed, without carriage returns.
+    /// What the guest printed, byte by byte.
+    pub output: Vec<u8>,
+    /// What the guest printed, as text without carriage returns.
     pub console: String,
     /// What the VMM said.
     pub stderr: String,

@@ -1,11 +1,17 @@
 //! The kernels that guests boot.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use tempfile::TempDir;
 
 use crate::debian::DebianKernel;
+use crate::micro::Micro;
 use crate::place::{Acceleration, Needs, Place};
+
+/// File of a micro guest in its directory.
+const MICRO: &str = "micro.elf";
 
 /// What a guest boots.
 #[derive(Clone, Debug, Default)]
@@ -23,13 +29,22 @@ pub enum Kernel {
     DebianCloud,
     /// Some other kernel, for hardware.
     Path(PathBuf),
+    /// A program of our own, for any KVM.
+    Micro(Arc<TempDir>),
 }
 
 impl Kernel {
+    /// A micro guest.
+    pub fn micro(program: &Micro) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        program.write(&dir.path().join(MICRO))?;
+        Ok(Self::Micro(Arc::new(dir)))
+    }
+
     /// What it needs.
     pub fn needs(&self) -> Needs {
         match self {
-            Self::Default | Self::Ring3 => Needs::AnyKvm,
+            Self::Default | Self::Ring3 | Self::Micro(_) => Needs::AnyKvm,
             Self::Standard | Self::BzImage | Self::DebianCloud | Self::Path(_) => Needs::Hardware,
         }
     }
@@ -59,6 +74,7 @@ impl Kernel {
             Self::Ring3 => "ring-3 kernel".into(),
             Self::DebianCloud => "Debian's cloud kernel".into(),
             Self::Path(path) => path.display().to_string(),
+            Self::Micro(_) => "micro guest".into(),
         }
     }
 
@@ -74,6 +90,7 @@ impl Kernel {
             Self::Ring3 => ours("ring3-vmlinux"),
             Self::DebianCloud => Ok(DebianKernel::prepare()?.vmlinuz),
             Self::Path(path) => Ok(path.clone()),
+            Self::Micro(dir) => Ok(dir.path().join(MICRO)),
         }
     }
 }

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use lab_agent::{ID_PARAMETER, IDLE_PARAMETER, PORT};
+use lab_agent::{ID_PARAMETER, IDLE_PARAMETER, PORT, READY};
 
 use super::image::{self, Image};
 use super::{IDLE, Lab};
@@ -65,7 +65,8 @@ fn start(image: &Image, dir: &Path) -> Result<Lab> {
     for _ in 0..3 {
         let lab = Lab { address: free_address()?, id: random_id()? };
         let mut qemu = qemu(image, &lab, &scratch, &console)?;
-        if wait_for_agent(&lab, &mut qemu)? {
+        if wait_for_agent(&console, &mut qemu)? {
+            lab.hold()?;
             // QEMU has it open; without a name nothing is left of it when QEMU ends.
             fs::remove_file(&scratch)?;
             eprintln!("started a lab host in {:.1} s", began.elapsed().as_secs_f32());
@@ -76,17 +77,18 @@ fn start(image: &Image, dir: &Path) -> Result<Lab> {
     bail!("the lab host ended as it started; its console, {}:\n{said}", console.display())
 }
 
-/// True when the agent answers, false when QEMU has ended.
-fn wait_for_agent(lab: &Lab, qemu: &mut Child) -> Result<bool> {
+/// True when the agent listens, false when QEMU has ended. A connection made earlier would only be answered when QEMU's network
+/// tries again, seconds later.
+fn wait_for_agent(console: &Path, qemu: &mut Child) -> Result<bool> {
     let end = Instant::now() + DEADLINE;
     while Instant::now() < end {
         if qemu.try_wait()?.is_some() {
             return Ok(false);
         }
-        if lab.hold().is_ok() {
+        if fs::read_to_string(console)?.contains(READY) {
             return Ok(true);
         }
-        thread::sleep(Duration::from_millis(50));
+        thread::sleep(Duration::from_millis(20));
     }
     qemu.kill()?;
     qemu.wait()?;

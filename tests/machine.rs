@@ -1,0 +1,220 @@
+//! Whole machines on the fake hypervisor: builder, buses, runner, state machine and errors, without KVM.
+
+use std::io::{Read, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use harness::micro::Micro;
+use vmm_core::devices::registry::DeviceConfig;
+use vmm_core::devices::virtio::rng;
+use vmm_core::hypervisor::VcpuFailure;
+use vmm_core::hypervisor::fake::{FakeHypervisor, Step};
+use vmm_core::{StopReason, Vm, VmConfig, VmState};
+
+/// Only ends a hang.
+const DEADLINE: Duration = Duration::from_secs(30);
+const VIRTIO: u64 = 0xd000_0000;
+
+/// A machine whose guest does `script`. The directory keeps its kernel, which nothing executes.
+fn machine(script: Vec<Step>, change: impl FnOnce(&mut VmConfig)) -> (Vm, FakeHypervisor, tempfile::TempDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    Micro::new().reset().write(&kernel).unwrap();
+    let mut config = VmConfig { kernel: Some(kernel), ..VmConfig::default() };
+    change(&mut config);
+    let hypervisor = FakeHypervisor::new(script);
+    let vm = Vm::builder(config).hypervisor(Box::new(hypervisor.clone())).build().unwrap();
+    (vm, hypervisor, dir)
+}
+
+fn ended(script: Vec<Step>) -> StopReason {
+    let (vm, _, _dir) = machine(script, |_| ());
+    vm.start().unwrap();
+    vm.wait_timeout(DEADLINE).expect("the machine ends")
+}
+
+fn out(port: u16, byte: u8) -> Step {
+    Step::Out(port, vec![byte])
+}
+
+#[test]
+fn a_guest_ends_its_machine_in_every_way_it_can() {
+    assert_eq!(ended(vec![out(0x64, 0xfe)]), StopReason::GuestReset);
+    assert_eq!(ended(vec![Step::TripleFault]), StopReason::GuestReset);
+    assert_eq!(ended(vec![out(0x602, 1)]), StopReason::GuestReset);
+    assert_eq!(ended(vec![out(0x600, 5 << 2 | 1 << 5)]), StopReason::GuestPowerOff);
+    assert_eq!(ended(vec![out(0x505, 1), Step::TripleFault]), StopReason::GuestPanic);
+    assert_eq!(ended(vec![out(0x505, 1)]), StopReason::GuestPanic, "it does not hang after a panic either");
+}
+
+#[test]
+fn the_kernels_last_words_count_as_a_panic() {
+    let words = b"\n[    0.1] Kernel panic - not syncing: VFS\n";
+    let mut script: Vec<Step> = words.iter().map(|&byte| out(0x3f8, byte)).collect();
+    script.push(Step::TripleFault);
+    assert_eq!(ended(script), StopReason::GuestPanic);
+}
+
+#[test]
+fn a_failing_vcpu_and_a_bug_are_told_apart() {
+    let failure = VcpuFailure::Emulation { rip: 0x1000, bytes: vec![0x0f, 0xa2], cpl: 0, long_mode: true };
+    let StopReason::Failed(why) = ended(vec![Step::Fail(failure)]) else { panic!("it failed") };
+    assert!(why.contains("'cpuid' (0f a2) at 0x1000 on vCPU 0"), "{why}");
+    let StopReason::Failed(why) = ended(vec![Step::Panic]) else { panic!("it failed") };
+    assert!(why.contains("the thread of vCPU 0 panicked"), "{why}");
+}
+
+#[test]
+fn only_legal_transitions_succeed() {
+    let (vm, _, _dir) = machine(vec![], |_| ());
+    assert_eq!(vm.state(), VmState::Created);
+    assert!(vm.pause().is_err());
+    assert!(vm.resume().is_err());
+    vm.start().unwrap();
+    assert!(vm.start().is_err());
+    assert!(vm.resume().is_err());
+    for _ in 0..20 {
+        vm.pause().unwrap();
+        assert_eq!(vm.state(), VmState::Paused);
+        assert!(vm.pause().is_err());
+        vm.resume().unwrap();
+        assert_eq!(vm.state(), VmState::Running);
+    }
+    vm.pause().unwrap();
+    vm.stop();
+    assert_eq!(vm.state(), VmState::Stopped(StopReason::Requested));
+    assert!(vm.start().is_err());
+    vm.stop();
+}
+
+#[test]
+fn a_machine_that_never_ran_can_be_stopped_or_dropped() {
+    let (vm, _, _dir) = machine(vec![], |config| config.cpus = 4);
+    vm.stop();
+    assert_eq!(vm.wait(), StopReason::Requested);
+    drop(machine(vec![], |config| config.devices = vec![DeviceConfig::Rng(rng::Config::default())]));
+}
+
+#[test]
+fn every_vcpu_is_made_and_only_the_first_has_an_entry() {
+    let (vm, hypervisor, _dir) = machine(vec![], |config| config.cpus = 32);
+    vm.start().unwrap();
+    vm.stop();
+    hypervisor.observed(|seen| {
+        assert_eq!(seen.vcpus, 32);
+        assert_eq!(seen.boot_regs.map(|regs| regs.rip), Some(0x10_0000));
+    });
+}
+
+#[test]
+fn string_output_is_one_access_for_each_item() {
+    let script = vec![out(0x3f8, b'a'), Step::Out(0x3f8, b"b".to_vec()), Step::TripleFault];
+    let (vm, _, _dir) = machine(script, |_| ());
+    let mut console = vm.take_console().unwrap();
+    assert!(vm.take_console().is_none());
+    vm.start().unwrap();
+    let mut text = String::new();
+    console.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "ab");
+}
+
+#[test]
+fn input_reaches_a_guest_that_listens_and_a_stopped_machine_takes_none() {
+    // OUT2 on, receive interrupt on; the byte is there when the line status says so.
+    let script = vec![out(0x3fc, 8), out(0x3f9, 1), Step::In(0x3fd, 1), Step::In(0x3f8, 1)];
+    let (vm, hypervisor, _dir) = machine(script, |_| ());
+    vm.console_input().write_all(b"x").unwrap();
+    vm.start().unwrap();
+    while hypervisor.steps_done() < 4 {
+        assert!(vm.wait_timeout(Duration::from_millis(5)).is_none());
+    }
+    vm.stop();
+    hypervisor.observed(|seen| assert_eq!((seen.reads[0][0] & 1, &seen.reads[1][..]), (1, &b"x"[..])));
+    assert!(vm.console_input().write_all(b"y").is_err());
+}
+
+/// Register writes that start a device with one queue of 8 at 0x20_0000.
+fn activate(queue_at: u32) -> Vec<Step> {
+    let write = |offset: u64, value: u32| Step::Write(VIRTIO + offset, value.to_le_bytes().to_vec());
+    let mut script = vec![write(0x70, 0), write(0x70, 1), write(0x70, 3), write(0x24, 1), write(0x20, 1)];
+    script.extend([write(0x70, 11), write(0x30, 0), write(0x38, 8)]);
+    for (offset, addr) in [(0x80, queue_at), (0x90, queue_at + 0x1000), (0xa0, queue_at + 0x2000)] {
+        script.push(write(offset, addr));
+    }
+    script.extend([write(0x44, 1), write(0x70, 15)]);
+    script
+}
+
+fn rng_machine(script: Vec<Step>) -> (Vm, FakeHypervisor, tempfile::TempDir) {
+    machine(script, |config| config.devices = vec![DeviceConfig::Rng(rng::Config::default())])
+}
+
+#[test]
+fn a_request_goes_through_transport_runner_and_interrupt() {
+    let queue = 0x20_0000;
+    let mut script = activate(queue);
+    // One writable descriptor of 16 bytes at 0x21_0000, made available; then the notification.
+    let descriptor = [&0x21_0000u64.to_le_bytes()[..], &16u32.to_le_bytes(), &[2, 0, 0, 0]].concat();
+    script.push(Step::Poke(queue.into(), descriptor));
+    script.push(Step::Poke(u64::from(queue) + 0x1000, vec![0, 0, 1, 0, 0, 0]));
+    script.push(Step::Write(VIRTIO + 0x50, vec![0; 4]));
+    let (vm, hypervisor, _dir) = rng_machine(script);
+    vm.start().unwrap();
+    while hypervisor.observed(|seen| seen.interrupts.is_empty()) {
+        assert!(vm.wait_timeout(Duration::from_millis(5)).is_none());
+    }
+    vm.stop();
+    hypervisor.observed(|seen| assert_eq!(seen.interrupts, [5]));
+}
+
+#[test]
+fn a_device_with_a_broken_queue_asks_for_a_reset_and_works_after_it() {
+    // The queue lies outside the 256 MiB of RAM.
+    let mut script = activate(0xb000_0000);
+    script.push(Step::Read(VIRTIO + 0x70, 4));
+    script.extend(activate(0x20_0000));
+    script.push(Step::Read(VIRTIO + 0x70, 4));
+    let steps = script.len() as u64;
+    let (vm, hypervisor, _dir) = rng_machine(script);
+    vm.start().unwrap();
+    while hypervisor.steps_done() < steps {
+        assert!(vm.wait_timeout(Duration::from_millis(5)).is_none());
+    }
+    vm.stop();
+    hypervisor.observed(|seen| {
+        let status: Vec<u8> = seen.reads.iter().map(|read| read[0]).collect();
+        assert_eq!(status, [0x4f, 0x0f], "DEVICE_NEEDS_RESET, then a working device");
+    });
+}
+
+#[test]
+fn what_cannot_be_built_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path
+    };
+    let big = Micro::new().raw(&vec![0x90; 5 << 20]).elf();
+    let kernel = file("kernel", &Micro::new().elf());
+    let plain = VmConfig { kernel: Some(kernel), ..VmConfig::default() };
+    let with_kernel = |path: PathBuf| VmConfig { kernel: Some(path), ..plain.clone() };
+    let initrd =
+        |path: PathBuf| VmConfig { initrd: Some(path), memory: "4M".parse().unwrap(), ..plain.clone() };
+    let cases = [
+        (with_kernel(dir.path().join("none")), "no such file; pass --kernel PATH"),
+        (with_kernel(dir.path().into()), "not a regular file"),
+        (with_kernel(file("empty", b"")), "it is neither an ELF vmlinux nor a bzImage"),
+        (with_kernel(file("gz", b"\x1f\x8b\x08")), "it is gzip data; decompress it first"),
+        (with_kernel(file("elf32", b"\x7fELF\x01\x01")), "not for x86-64"),
+        (VmConfig { memory: "4M".parse().unwrap(), ..with_kernel(file("big", &big)) }, "raise --memory"),
+        (initrd(file("initrd", &vec![1; 4 << 20])), "raise --memory"),
+        (initrd(file("empty-initrd", b"")), "the file is empty"),
+    ];
+    for (config, want) in cases {
+        let what = format!("{:?} {:?}", config.kernel, config.initrd);
+        let built = Vm::builder(config).hypervisor(Box::new(FakeHypervisor::default())).build();
+        let error = built.err().unwrap_or_else(|| panic!("{what} is refused")).to_string();
+        assert!(error.contains(want) && !error.contains('\n'), "{error}");
+    }
+}

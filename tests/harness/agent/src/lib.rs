@@ -19,6 +19,8 @@ pub mod sparse;
 
 /// The agent's TCP port inside the lab host.
 pub const PORT: u16 = 7000;
+/// What the agent prints on the lab host's console when it listens.
+pub const READY: &str = "lab-agent: ready";
 /// Longest JSON line, in bytes: command lines and environments have to fit.
 pub const MAX_LINE: u64 = 1 << 20;
 /// Most raw bytes in one message.

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use lab_agent::{Hello, ID_PARAMETER, IDLE_PARAMETER, PORT, Reply, Request, receive, send};
+use lab_agent::{Hello, ID_PARAMETER, IDLE_PARAMETER, PORT, READY, Reply, Request, receive, send};
 
 use crate::{exec, files, host};
 
@@ -26,7 +26,7 @@ pub fn serve() -> Result<()> {
         None => bail!("no lab.idle= on the kernel command line"),
     };
     let listener = TcpListener::bind(("0.0.0.0", PORT)).context("listen")?;
-    println!("lab-agent: ready");
+    println!("{READY}");
     let connections = Arc::new(Connections::default());
     let accepting = Arc::clone(&connections);
     thread::spawn(move || accept(&listener, &id, &accepting));

@@ -89,6 +89,22 @@ impl VmBuilder {
         self
     }
 
+    /// Checks everything that [`Self::build`] does before it makes a machine: limits, files, devices, and whether
+    /// kernel and initrd fit in memory. Neither the hypervisor nor the console's file is opened.
+    pub fn check(&self) -> Result<(), BuildError> {
+        let config = &self.config;
+        config.validate()?;
+        let kernel = config.kernel.as_deref().ok_or(ConfigError::NoKernel)?;
+        // All at once, as in a machine: a disk that is there twice cannot be locked twice.
+        let _devices = config.devices.iter().map(|device| device.open()).collect::<Result<Vec<_>, _>>()?;
+        let ram = GuestRam::new(config.memory.0)?;
+        let kernel = kernel::load(ram.memory(), kernel, config.boot_protocol)?;
+        if let Some(initrd) = &config.initrd {
+            kernel::load_initrd(ram.memory(), initrd, &kernel)?;
+        }
+        Ok(())
+    }
+
     /// Opens everything that the configuration names and makes the machine, which is then
     /// [`crate::VmState::Created`].
     pub fn build(self) -> Result<Vm, BuildError> {

@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
+use std::time::Duration;
 
 use devices::legacy::serial::SerialPort;
 
@@ -94,6 +95,18 @@ impl ConsoleReader {
     pub fn dropped(&self) -> u64 {
         self.0.lock().dropped
     }
+
+    /// As [`Read::read`], but after the first byte of a burst waits for up to `settle` for more: a guest writes
+    /// byte by byte, and a system call for each of them costs more than they do. The end cuts the wait short.
+    pub fn read_burst(&mut self, buf: &mut [u8], settle: Duration) -> io::Result<usize> {
+        let state = self.0.lock();
+        let quiet = |state: &mut Output| state.bytes.is_empty() && !state.closed;
+        let state = self.0.changed.wait_while(state, quiet).unwrap_or_else(|e| e.into_inner());
+        let unsettled = |state: &mut Output| state.bytes.len() < buf.len() && !state.closed;
+        let waited = self.0.changed.wait_timeout_while(state, settle, unsettled);
+        drop(waited.unwrap_or_else(|e| e.into_inner()));
+        self.read(buf)
+    }
 }
 
 impl Read for ConsoleReader {
@@ -164,13 +177,13 @@ impl ConsoleInput {
     }
 }
 
-impl Write for ConsoleInput {
-    /// Waits while the buffer is full; fails when the machine has stopped.
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let mut state = self.0.state.lock().unwrap_or_else(|e| e.into_inner());
-        while state.bytes.len() >= INPUT_BUFFER && !state.closed {
-            state = self.0.changed.wait(state).unwrap_or_else(|e| e.into_inner());
-        }
+impl ConsoleInput {
+    /// Takes as much of `data` as there is room for, without waiting; fails when the machine has stopped.
+    pub fn offer(&self, data: &[u8]) -> io::Result<usize> {
+        self.take(self.0.state.lock().unwrap_or_else(|e| e.into_inner()), data)
+    }
+
+    fn take(&self, mut state: MutexGuard<'_, Input>, data: &[u8]) -> io::Result<usize> {
         if state.closed {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
@@ -179,6 +192,17 @@ impl Write for ConsoleInput {
         drop(state);
         self.pump();
         Ok(n)
+    }
+}
+
+impl Write for ConsoleInput {
+    /// Waits while the buffer is full; fails when the machine has stopped.
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let mut state = self.0.state.lock().unwrap_or_else(|e| e.into_inner());
+        while state.bytes.len() >= INPUT_BUFFER && !state.closed {
+            state = self.0.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+        }
+        self.take(state, data)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -255,6 +279,28 @@ mod tests {
         let guest = std::thread::spawn(move || writer.write_all(b"blocked"));
         closer.close();
         guest.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_burst_is_read_in_one_go_and_the_end_does_not_wait() {
+        const FOREVER: Duration = Duration::from_secs(3600);
+        let (mut writer, mut reader, closer) = output(WhenFull::Wait);
+        let mut buf = [0; 8];
+        writer.write_all(b"abcdefghij").unwrap();
+        assert_eq!(reader.read_burst(&mut buf, FOREVER).unwrap(), 8, "a full buffer is enough");
+        closer.close();
+        assert_eq!(reader.read_burst(&mut buf, FOREVER).unwrap(), 2);
+        assert_eq!(reader.read_burst(&mut buf, FOREVER).unwrap(), 0);
+    }
+
+    #[test]
+    fn input_is_offered_without_waiting() {
+        let input = ConsoleInput::default();
+        let flood = vec![b'x'; INPUT_BUFFER + 1];
+        assert_eq!(input.offer(&flood).unwrap(), INPUT_BUFFER);
+        assert_eq!(input.offer(b"y").unwrap(), 0);
+        input.close();
+        assert!(input.offer(b"y").is_err());
     }
 
     #[test]

@@ -65,6 +65,11 @@ impl Milestones {
         _ = slot.compare_exchange(u64::MAX, now, Ordering::Relaxed, Ordering::Relaxed);
     }
 
+    /// When the build started, from where [`Self::get`] counts.
+    pub fn start(&self) -> Instant {
+        self.start
+    }
+
     /// Time from the start of the build to `milestone`; `None` if it is not reached.
     pub fn get(&self, milestone: Milestone) -> Option<Duration> {
         match self.micros[milestone as usize].load(Ordering::Relaxed) {

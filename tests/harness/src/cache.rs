@@ -4,25 +4,11 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use sha2::{Digest, Sha256};
+pub use guest_images::cache::directory;
 
-/// The project's directory in the user's cache.
-pub fn root() -> Result<PathBuf> {
-    let cache = match std::env::var_os("XDG_CACHE_HOME") {
-        Some(dir) => PathBuf::from(dir),
-        None => {
-            PathBuf::from(std::env::var_os("HOME").context("set HOME or XDG_CACHE_HOME: caches go there")?)
-                .join(".cache")
-        }
-    };
-    Ok(cache.join("vmm"))
-}
-
-/// The first 16 hexadecimal digits of the SHA-256 of `recipe`: enough to tell recipes apart.
-pub fn hash(recipe: &[u8]) -> String {
-    let mut hex = hex(&Sha256::digest(recipe));
-    hex.truncate(16);
-    hex
+/// A short name for a recipe.
+pub fn hash(recipe: &str) -> String {
+    guest_images::cache::hash([recipe.as_bytes()])
 }
 
 /// Lower-case hexadecimal digits.
@@ -48,8 +34,8 @@ impl Lock {
 /// The directory of `kind` for `recipe`, filled by `build` if it is not there yet. It appears only when `build` has
 /// succeeded; of several processes one builds and the others wait.
 pub fn build_once(kind: &str, recipe: &str, build: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
-    let parent = root()?.join(kind);
-    let hash = hash(recipe.as_bytes());
+    let parent = directory()?.join(kind);
+    let hash = hash(recipe);
     let done = parent.join(&hash);
     if done.is_dir() {
         return Ok(done);

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
-use crate::{cache, command, cpio, packages};
+use crate::{cache, command, initramfs, packages};
 
 mod kernel;
 
@@ -24,7 +24,7 @@ const SIZE: &str = "512M";
 
 /// An initramfs for [`DebianKernel`]: loads the virtio modules, then mounts `root=` and hands over to its init, arguments included.
 pub fn initrd() -> Result<PathBuf> {
-    packages::ensure(&["busybox-static", "cpio"])?;
+    packages::ensure(&["busybox-static"])?;
     let kernel = DebianKernel::prepare()?;
     let recipe = format!("{} {MODULES:?} {INIT}", kernel.vmlinuz.display());
     let dir = cache::build_once("debian-initrd", &recipe, |dir| {
@@ -37,7 +37,7 @@ pub fn initrd() -> Result<PathBuf> {
         fs::write(root.join("etc/modules"), kernel.install_modules(&MODULES, root)?.join("\n") + "\n")?;
         fs::write(root.join("init"), INIT)?;
         command::run(Command::new("chmod").arg("755").arg(root.join("init")))?;
-        cpio::pack(root, &dir.join("initrd.img"))
+        initramfs::pack(root, &dir.join("initrd.img"))
     })?;
     Ok(dir.join("initrd.img"))
 }

@@ -1,9 +1,11 @@
 //! The kernels that guests boot.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use guest_images::kernel::Flavour;
+use guest_images::progress::Console;
 use tempfile::TempDir;
 
 use crate::debian::DebianKernel;
@@ -80,14 +82,11 @@ impl Kernel {
 
     /// The kernel's file; built or downloaded when it is not in the cache.
     pub fn file(&self) -> Result<PathBuf> {
-        let ours = |name: &str| -> Result<PathBuf> {
-            let dir = std::env::var_os("VMM_TEST_KERNELS").context("no VMM_TEST_KERNELS")?;
-            Ok(Path::new(&dir).join(name))
-        };
+        let ours = |flavour| guest_images::kernel::build_or_cached(flavour, &mut Console::new());
         match self {
-            Self::Default | Self::Standard => ours("standard-vmlinux"),
-            Self::BzImage => ours("standard-bzImage"),
-            Self::Ring3 => ours("ring3-vmlinux"),
+            Self::Default | Self::Standard => Ok(ours(Flavour::Standard)?.vmlinux),
+            Self::BzImage => ours(Flavour::Standard)?.bzimage.context("the standard kernel has no bzImage"),
+            Self::Ring3 => Ok(ours(Flavour::Ring3)?.vmlinux),
             Self::DebianCloud => Ok(DebianKernel::prepare()?.vmlinuz),
             Self::Path(path) => Ok(path.clone()),
             Self::Micro(dir) => Ok(dir.path().join(MICRO)),

@@ -14,7 +14,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 pub mod binaries;
 pub mod cache;
@@ -27,14 +27,15 @@ pub mod packages;
 pub mod process;
 pub mod report;
 
-mod cpio;
 mod disk;
 mod guest;
+mod initramfs;
 mod kernel;
 mod place;
 
 pub use disk::Disk;
 pub use guest::{Guest, Run, Running};
+pub use initramfs::demo as initramfs;
 pub use kernel::Kernel;
 pub use net::NetNs;
 pub use place::{Acceleration, Needs, Place, local_kvm};
@@ -42,6 +43,5 @@ pub use process::{Exit, Output, Process, Program, Signal};
 
 /// The project's demo root file system, an ext4 image: busybox and our init. Shared: mount it read-only.
 pub fn demo_image() -> Result<PathBuf> {
-    let dir = std::env::var_os("VMM_TEST_KERNELS").context("no VMM_TEST_KERNELS")?;
-    Ok(PathBuf::from(dir).join("demo.ext4"))
+    Ok(guest_images::rootfs::demo(&mut guest_images::progress::Console::new())?)
 }

@@ -18,7 +18,7 @@ impl Images {
         for_lab()?;
         eprintln!(
             "all images are in {} ({:.0} s)",
-            harness::cache::root()?.display(),
+            harness::cache::directory()?.display(),
             began.elapsed().as_secs_f32()
         );
         Ok(ExitCode::SUCCESS)

@@ -8,10 +8,10 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use crate::debian::DebianKernel;
-use crate::{binaries, cache, command, cpio, packages};
+use crate::{binaries, cache, command, initramfs, packages};
 
 /// Installed on the build machine, for the lab.
-const PACKAGES: [&str; 5] = ["qemu-system-x86", "busybox-static", "e2fsprogs", "cpio", "iproute2"];
+const PACKAGES: [&str; 4] = ["qemu-system-x86", "busybox-static", "e2fsprogs", "iproute2"];
 /// Loaded as the lab host starts.
 const MODULES: [&str; 5] = ["virtio_pci", "virtio_blk", "virtio_net", "kvm-amd", "tun"];
 /// There to be loaded with `modprobe`.
@@ -70,7 +70,7 @@ fn build(kernel: &DebianKernel, agent: &Path, dir: &Path) -> Result<()> {
     kernel.install_modules(&MORE_MODULES, root)?;
     let depmod = packages::find_program("depmod")?;
     command::run(Command::new(depmod).arg("-b").arg(root).arg(&kernel.release))?;
-    cpio::pack(root, &dir.join("initrd.img"))
+    initramfs::pack(root, &dir.join("initrd.img"))
 }
 
 /// Copies a program and the shared libraries that it is linked with.

@@ -24,7 +24,7 @@ const DEADLINE: Duration = Duration::from_secs(120);
 
 /// The lab that runs already, or a new one.
 pub fn running_or_new() -> Result<Lab> {
-    let dir = cache::root()?.join("lab/run").join(sources());
+    let dir = cache::directory()?.join("lab/run").join(sources());
     let _lock = cache::Lock::take(&dir.join("lock"))?;
     let state = dir.join("name");
     if let Ok(name) = fs::read_to_string(&state) {
@@ -41,20 +41,17 @@ pub fn running_or_new() -> Result<Lab> {
 
 /// Stands for the sources of agent and image: a lab which other sources have made is not ours.
 fn sources() -> String {
-    cache::hash(
-        concat!(
-            include_str!("image.rs"),
-            include_str!("start.rs"),
-            include_str!("../../agent/src/lib.rs"),
-            include_str!("../../agent/src/sparse.rs"),
-            include_str!("../../agent/src/main.rs"),
-            include_str!("../../agent/src/host.rs"),
-            include_str!("../../agent/src/serve.rs"),
-            include_str!("../../agent/src/exec.rs"),
-            include_str!("../../agent/src/files.rs"),
-        )
-        .as_bytes(),
-    )
+    cache::hash(concat!(
+        include_str!("image.rs"),
+        include_str!("start.rs"),
+        include_str!("../../agent/src/lib.rs"),
+        include_str!("../../agent/src/sparse.rs"),
+        include_str!("../../agent/src/main.rs"),
+        include_str!("../../agent/src/host.rs"),
+        include_str!("../../agent/src/serve.rs"),
+        include_str!("../../agent/src/exec.rs"),
+        include_str!("../../agent/src/files.rs"),
+    ))
 }
 
 fn start(image: &Image, dir: &Path) -> Result<Lab> {

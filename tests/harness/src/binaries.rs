@@ -16,6 +16,11 @@ pub fn vmm() -> Result<PathBuf> {
     }
 }
 
+/// The static `vmm` binary as users get it, for benchmarks: built with the release profile.
+pub fn release() -> Result<PathBuf> {
+    build(&["--release", "--package", "vmm", "--bin", "vmm"])
+}
+
 /// Builds one static executable, chosen by arguments to `cargo build`, and returns its path.
 pub fn build(arguments: &[&str]) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod demo;
 mod fuzz;
 mod images;
@@ -22,6 +23,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    Bench(bench::Bench),
     Demo(demo::Demo),
     Test(test::Test),
     Lab(lab::Lab),
@@ -30,6 +32,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let done: Result<ExitCode> = match Arguments::parse().command {
+        Command::Bench(bench) => bench.run(),
         Command::Demo(demo) => demo.run(),
         Command::Test(test) => test.run(),
         Command::Lab(lab) => lab.run(),

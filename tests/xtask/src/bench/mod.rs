@@ -1,0 +1,67 @@
+//! `cargo xtask bench`: figures of whole machines, side by side with QEMU's microvm in the same run.
+//!
+//! Programs take turns (A B A B …), so a machine that gets slower or faster meanwhile does so for both. What is
+//! printed are medians, and the ratio of medians.
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::{Args, Subcommand};
+
+mod boot;
+mod measure;
+mod memory;
+mod qemu;
+mod start;
+mod table;
+
+/// Measure a whole machine, side by side with QEMU's microvm
+#[derive(Args)]
+pub struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Process start to the guest's first instruction to process end
+    Start(Options),
+    /// Process start to init to guest reboot to process end
+    Boot(Options),
+    /// Resident memory besides guest RAM, and size of the binary
+    Memory(Options),
+}
+
+/// How to measure.
+#[derive(Args)]
+struct Options {
+    /// Counted runs of each program; the medians of fewer than 20 are not to be quoted
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    runs: usize,
+    /// Also print the figures as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Bench {
+    /// Measures and prints.
+    pub fn run(self) -> Result<ExitCode> {
+        let (table, json) = match self.what {
+            What::Start(options) => (start::run(runs(&options)?)?, options.json),
+            What::Boot(options) => (boot::run(runs(&options)?)?, options.json),
+            What::Memory(options) => (memory::run(runs(&options)?)?, options.json),
+        };
+        println!("{table}");
+        if json {
+            println!("{}", serde_json::to_string_pretty(&table)?);
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn runs(options: &Options) -> Result<usize> {
+    match options.runs {
+        0 => bail!("no runs, no figures; give --runs 1 or more"),
+        runs => Ok(runs),
+    }
+}

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use harness::lab::Lab;
 use harness::process::{Exit, Program, Signal};
+use harness::{NetNs, Place};
 
 /// Only there to end a hang.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -124,5 +125,13 @@ fn two_clients_at_once() -> Result<()> {
     assert_eq!(first.wait(DEADLINE)?.ok()?, "met\n");
     assert_eq!(second.wait(DEADLINE)?.ok()?, "met\n");
     lab.shell("rm /run/a /run/b")?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn network_namespaces_work_there_too() -> Result<()> {
+    let net = NetNs::new(&Place::Lab(Lab::shared()?))?;
+    assert!(net.shell("ip addr show tap0")?.contains("10.77.0.1/24"));
+    assert!(Lab::shared()?.shell("ip link show tap0")?.ok().is_err());
     Ok(())
 }

@@ -16,9 +16,9 @@ const PACKAGES: [&str; 4] = ["qemu-system-x86", "busybox-static", "e2fsprogs", "
 const MODULES: [&str; 5] = ["virtio_pci", "virtio_blk", "virtio_net", "kvm-amd", "tun"];
 /// There to be loaded with `modprobe`.
 const MORE_MODULES: [&str; 6] = ["loop", "overlay", "bridge", "veth", "vhost_net", "vhost_vsock"];
-/// Programs of the build machine that go into the lab host in place of busybox's, with the libraries they need: busybox's shell would
-/// prefer its own `ip` to any other, and that knows no tap.
-const PROGRAMS: [&str; 2] = ["ip", "sh"];
+/// Programs of the build machine that go into the lab host in place of busybox's, with the libraries they need: busybox would
+/// prefer its own `ip` to any other, from its shell and its `unshare`, and that knows no tap.
+const PROGRAMS: [&str; 4] = ["ip", "sh", "unshare", "nsenter"];
 /// To be counted up when what `build` does changes.
 const FORMAT: u32 = 1;
 

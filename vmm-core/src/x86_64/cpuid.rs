@@ -21,7 +21,7 @@ pub fn for_vcpu(supported: &CpuId, id: u8, cpus: u8) -> CpuId {
         match entry.function {
             0x1 => feature_leaf(entry, id, cpus),
             0x4 => cache_leaf(entry, core_bits),
-            0xb | 0x1f => topology_leaf(entry, id, cpus, core_bits),
+            0xb | 0x1f | 0x8000_0026 => topology_leaf(entry, id, cpus, core_bits),
             0x8000_0001 => {
                 entry.ecx &= !AMD_CMP_LEGACY;
                 entry.ecx |= if cpus > 1 { AMD_CMP_LEGACY } else { 0 };
@@ -64,7 +64,8 @@ fn amd_cache_leaf(entry: &mut kvm_cpuid_entry2, cpus: u32) {
     entry.eax = (entry.eax & !(0xfff << 14)) | sharing << 14;
 }
 
-/// The extended topology leaf: level 0 threads, level 1 cores.
+/// The extended topology leaves: level 0 threads, level 1 cores. AMD's numbers its types alike (core, complex),
+/// and with one thread a core and one complex the levels mean the same.
 fn topology_leaf(entry: &mut kvm_cpuid_entry2, id: u32, cpus: u32, core_bits: u32) {
     const THREAD: u32 = 1;
     const CORE: u32 = 2;
@@ -99,6 +100,8 @@ mod tests {
             entry(0x8000_0008, 0, 0x3030, 0, 0x603f, 0),
             entry(0x8000_001d, 3, 0x7fc163, 0, 0, 0),
             entry(0x8000_001e, 0, 37, 0x112, 0x305, 0),
+            entry(0x8000_0026, 0, 1, 2, 0x100, 37),
+            entry(0x8000_0026, 2, 7, 64, 0x302, 37),
         ])
         .unwrap()
     }
@@ -123,6 +126,8 @@ mod tests {
                 assert_eq!((cores.eax, cores.ebx, cores.edx), (bits, u32::from(cpus), u32::from(id)));
                 assert_eq!(leaf(&cpuid, 0x8000_0008, 0).ecx & 0xff, u32::from(cpus) - 1);
                 assert_eq!(leaf(&cpuid, 0x8000_001e, 0).eax, u32::from(id));
+                assert_eq!(leaf(&cpuid, 0x8000_0026, 0).edx, u32::from(id));
+                assert_eq!(leaf(&cpuid, 0x8000_0026, 2).ebx, 0, "there is no third level");
                 assert_eq!(leaf(&cpuid, 0x8000_001d, 3).eax >> 14 & 0xfff, u32::from(cpus) - 1);
                 assert_eq!(leaf(&cpuid, 4, 3).eax >> 14 & 0xfff, (1 << bits) - 1);
             }

@@ -6,7 +6,7 @@ use rustix_core::net::{AddressFamily, SocketType, socket};
 use rustix_core::system::{RebootCommand, reboot, sethostname, uname};
 
 use crate::mounts::read_file;
-use crate::say;
+use crate::{say, sys};
 
 /// What a kernel calls a machine that nobody has named.
 const UNNAMED: &[u8] = b"(none)";
@@ -67,6 +67,8 @@ pub fn take_ctrl_alt_del() {
 
 /// Stops the machine.
 pub fn finish(action: PowerAction) -> ! {
+    // The last lines may still wait for their turn on a serial line.
+    sys::drain_console();
     if action == PowerAction::Off && can_power_off() {
         let _ = reboot(RebootCommand::PowerOff);
     }

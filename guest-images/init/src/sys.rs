@@ -47,6 +47,12 @@ pub fn write_console(line: &[u8]) {
     let _ = rustix_core::io::write(unsafe { rustix_core::stdio::stdout() }, line);
 }
 
+/// Waits until the console has sent what was written to it.
+pub fn drain_console() {
+    // SAFETY: nothing in this program closes standard output.
+    let _ = rustix_core::termios::tcdrain(unsafe { rustix_core::stdio::stdout() });
+}
+
 /// Writes `value` to an I/O port; does nothing where the kernel does not let us (no ioperm, no privilege).
 pub fn write_port(port: u16, value: u8) {
     // SAFETY: ioperm takes numbers and only changes which ports this process may touch.

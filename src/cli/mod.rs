@@ -1,0 +1,109 @@
+//! The command line: one file for each subcommand.
+
+mod check;
+mod completion;
+mod device_flags;
+mod logging;
+mod man;
+mod run;
+mod usage;
+
+use std::io::Write;
+use std::time::Instant;
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use vmm_core::{BuildError, config::ConfigError};
+
+pub use crate::exit::ExitStatus;
+use crate::exit::UsageError;
+
+/// A minimal hypervisor: a VM as small, as fast and as pleasant as a container, with a kernel of its own.
+#[derive(Parser)]
+#[command(name = "vmm", version, max_term_width = 110, after_help = EXAMPLES, disable_help_subcommand = true)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  vmm run                                     a shell in a guest of its own
+  vmm run --kernel vmlinux --rootfs disk.img  your kernel and your root file system
+  vmm check                                   what this host can do
+
+'vmm run --help' lists the flags and the exit statuses.";
+
+#[derive(Subcommand)]
+enum Command {
+    Run(Box<run::RunArgs>),
+    Check(check::CheckArgs),
+    Completion(completion::CompletionArgs),
+    Man(man::ManArgs),
+}
+
+/// Runs the command. `start` is when the process began.
+pub fn main(start: Instant) -> ExitStatus {
+    let arguments = std::env::args_os();
+    let result = match Cli::command().try_get_matches_from(arguments).and_then(|m| Cli::from_arg_matches(&m))
+    {
+        Ok(cli) => dispatch(cli.command, start),
+        Err(error) if !error.use_stderr() => {
+            // Help or version: a reader that has seen enough is no error.
+            _ = error.print();
+            return ExitStatus::Success;
+        }
+        Err(error) => Err(usage::sentence(&error).into()),
+    };
+    result.unwrap_or_else(|error| {
+        say(&error.to_string());
+        status_of(&error)
+    })
+}
+
+fn dispatch(command: Command, start: Instant) -> anyhow::Result<ExitStatus> {
+    match command {
+        Command::Run(args) => run::run(&args, start),
+        Command::Check(args) => check::run(&args),
+        Command::Completion(args) => completion::run(&args),
+        Command::Man(args) => man::run(&args),
+    }
+}
+
+/// Whose fault an error is.
+fn status_of(error: &anyhow::Error) -> ExitStatus {
+    let config = |error: &anyhow::Error| {
+        error.is::<ConfigError>() || matches!(error.downcast_ref(), Some(BuildError::Config(_)))
+    };
+    match error.is::<UsageError>() || config(error) {
+        true => ExitStatus::Usage,
+        false => ExitStatus::Failure,
+    }
+}
+
+/// Tells the operator something, on one line of standard error whatever is in it.
+pub(crate) fn say(sentence: &str) {
+    let line: String = sentence.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    // With standard error gone there is nobody to tell.
+    _ = writeln!(crate::terminal::Stderr, "vmm: {line}");
+}
+
+/// Writes what a subcommand makes to standard output.
+fn print(bytes: &[u8]) -> anyhow::Result<ExitStatus> {
+    let mut stdout = std::io::stdout().lock();
+    match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitStatus::SIGPIPE),
+        Err(error) => Err(anyhow::anyhow!("cannot write to standard output: {error}")),
+        Ok(()) => Ok(ExitStatus::Success),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,216 @@
+//! `vmm run`: boots a guest and waits for its end.
+
+mod config;
+mod quote;
+
+use std::ffi::OsString;
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::anyhow;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{ArgAction, Args};
+use vmm_core::config::{BootProtocol, SerialConfig};
+use vmm_core::console::WhenFull;
+use vmm_core::devices::size::ByteSize;
+use vmm_core::devices::virtio::block;
+use vmm_core::x86_64::layout::MAX_CPUS;
+use vmm_core::{Milestone, StopReason, Vm, VmConfig};
+
+use super::device_flags::DeviceFlags;
+use super::{logging, say};
+use crate::config_file;
+use crate::exit::{self, ExitStatus};
+use crate::session::{self, Cause, Ended};
+use crate::signals::Signals;
+use crate::terminal::Stderr;
+
+/// Boot a guest, attach the terminal, return when the guest stops
+///
+/// Every flag has a default: `vmm run` alone boots this project's own guest kernel with a small root file system
+/// to a shell.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = EXAMPLES, after_long_help = AFTER_LONG_HELP.as_str())]
+pub struct RunArgs {
+    /// Kernel: an ELF vmlinux or a bzImage, told apart by content
+    ///
+    /// Left out: this project's own guest kernel, in the flavour that this host can run, built the first time.
+    #[arg(long, value_name = "PATH", help_heading = "Machine")]
+    kernel: Option<PathBuf>,
+
+    /// Root file system: a raw disk image, the guest's /dev/vda
+    ///
+    /// Takes what --disk takes. Left out, and without --initrd: this project's own small root file system, as a
+    /// private copy that is thrown away in the end.
+    #[arg(long, value_name = "PATH[,ro]", help_heading = "Machine", value_parser = config::root_disk)]
+    rootfs: Option<block::Config>,
+
+    /// Attach no root file system
+    #[arg(long, help_heading = "Machine", conflicts_with = "rootfs")]
+    no_rootfs: bool,
+
+    /// Initial RAM disk
+    #[arg(long, value_name = "PATH", help_heading = "Machine")]
+    initrd: Option<PathBuf>,
+
+    /// Kernel command line, in place of the default one
+    #[arg(long, value_name = "STR", help_heading = "Machine", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+
+    /// What to add to the kernel command line
+    #[arg(long, value_name = "STR", help_heading = "Machine", allow_hyphen_values = true)]
+    append: Option<String>,
+
+    /// Number of vCPUs, 1 to 32 [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Machine")]
+    #[arg(value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_CPUS)))]
+    cpus: Option<u8>,
+
+    /// RAM, such as 256M or 2G [default: 256M]
+    #[arg(long, value_name = "SIZE", help_heading = "Machine")]
+    memory: Option<ByteSize>,
+
+    /// How the kernel is entered: auto takes PVH where the kernel offers it
+    #[arg(long, value_name = "PROTOCOL", help_heading = "Machine", value_parser = boot_protocol())]
+    boot_protocol: Option<BootProtocol>,
+
+    #[command(flatten)]
+    devices: DeviceFlags,
+
+    /// Where the guest's console goes: stdio, null or file=PATH [default: stdio]
+    #[arg(long, value_name = "WHERE", help_heading = "Console")]
+    serial: Option<SerialConfig>,
+
+    /// The machine's configuration as JSON or TOML; flags win over it
+    ///
+    /// The keys are those that --dry-run prints. Paths are relative to the current directory. A file that has
+    /// `devices` lists all of them; device flags add to the list.
+    #[arg(long, value_name = "FILE", help_heading = "Command")]
+    config: Option<PathBuf>,
+
+    /// Check everything, print the configuration as JSON, start and create nothing
+    #[arg(long, help_heading = "Command")]
+    dry_run: bool,
+
+    /// In the end, print on standard error when the guest got how far
+    #[arg(long, help_heading = "Command")]
+    timings: bool,
+
+    /// Say more on standard error; repeat for more
+    #[arg(short, long, action = ArgAction::Count, conflicts_with = "quiet", help_heading = "Command")]
+    verbose: u8,
+
+    /// Say nothing but errors
+    #[arg(short, long, help_heading = "Command")]
+    quiet: bool,
+
+    /// What the guest's init runs, in place of a shell
+    ///
+    /// Goes to the end of the kernel command line. The guest ends with the command, and vmm with its exit status.
+    #[arg(last = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  vmm run                                          a shell in a guest of its own
+  vmm run -- uname -a                              one command in a guest of its own
+  vmm run --kernel vmlinux --rootfs disk.img,ro    your kernel, your root file system
+  vmm run --cpus 4 --memory 2G --disk data.img --net tap=tap0
+  echo 'uname -a' | vmm run                        a script on the guest's console
+  vmm run --memory 1G --dry-run > guest.json       write a configuration down
+  vmm run --config guest.json                      and use it";
+
+static AFTER_LONG_HELP: std::sync::LazyLock<String> = std::sync::LazyLock::new(|| {
+    format!(
+        "{EXAMPLES}\n\nOn a terminal:\n  Ctrl-A x       stops the guest\n  Ctrl-A h       lists these keys\n  \
+         Ctrl-A Ctrl-A  sends Ctrl-A to the guest\n\n{}",
+        exit::HELP
+    )
+});
+
+fn boot_protocol() -> impl TypedValueParser<Value = BootProtocol> {
+    PossibleValuesParser::new(["auto", "linux", "pvh"]).map(|name| match name.as_str() {
+        "linux" => BootProtocol::Linux,
+        "pvh" => BootProtocol::Pvh,
+        _ => BootProtocol::Auto,
+    })
+}
+
+/// Runs the subcommand. `start` is when the process began.
+pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
+    logging::start(args.verbose, args.quiet)?;
+    let file = args.config.as_deref().map(config_file::load).transpose()?.unwrap_or_default();
+    let config = config::merge(args, file)?;
+    if args.dry_run {
+        return dry_run(config);
+    }
+    let interactive = config.serial == SerialConfig::Stdio;
+    // Before any thread exists, so that none of them is interrupted by them.
+    let signals = Signals::block();
+    let vm = Arc::new(Vm::builder(config).console_when_full(WhenFull::Wait).build()?);
+    let ended = session::run(&vm, interactive, args.quiet, signals)?;
+    let stopped = start.elapsed();
+    if args.timings {
+        print_timings(&vm, start, stopped);
+    }
+    status(&ended, if args.command.is_empty() { None } else { vm.exit_status() })
+}
+
+/// Checks what can be checked without making anything, and prints the configuration.
+fn dry_run(config: VmConfig) -> anyhow::Result<ExitStatus> {
+    if let SerialConfig::File(path) = &config.serial {
+        check_writable(path).map_err(|e| anyhow!("cannot write the console to '{}': {e}", path.display()))?;
+    }
+    let mut json = serde_json::to_vec_pretty(&config)?;
+    json.push(b'\n');
+    Vm::builder(config).check()?;
+    super::print(&json)
+}
+
+/// Whether a file can be written or made at `path`; neither is done.
+fn check_writable(path: &Path) -> std::io::Result<()> {
+    match OpenOptions::new().write(true).open(path) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            Ok(rustix::fs::access(dir, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)?)
+        }
+        result => result.map(drop),
+    }
+}
+
+/// How the command ends when a guest has ended like this. `command`: exit status of the command that it was
+/// started for.
+fn status(ended: &Ended, command: Option<u8>) -> anyhow::Result<ExitStatus> {
+    Ok(match (&ended.reason, &ended.cause) {
+        (StopReason::Failed(why), _) => return Err(anyhow!("{why}")),
+        (StopReason::GuestPanic, _) => {
+            say("the guest's kernel panicked");
+            ExitStatus::GuestPanic
+        }
+        (_, Some(Cause::Signal(number))) => ExitStatus::Signal(*number),
+        (_, Some(Cause::OutputClosed)) => ExitStatus::SIGPIPE,
+        (_, Some(Cause::OutputFailed(why))) => return Err(anyhow!("cannot write to standard output: {why}")),
+        (StopReason::GuestReset | StopReason::GuestPowerOff, None) => {
+            command.map_or(ExitStatus::Success, ExitStatus::Command)
+        }
+        (_, Some(Cause::Key)) | (StopReason::Requested, None) => ExitStatus::Success,
+    })
+}
+
+/// A table of milliseconds from the start of the process, and what was reached.
+fn print_timings(vm: &Vm, start: Instant, stopped: Duration) {
+    let milestones = vm.milestones();
+    let build = milestones.start().saturating_duration_since(start);
+    let reached = Milestone::ALL.iter().filter_map(|&m| Some((m.name(), build + milestones.get(m)?)));
+    let mut rows: Vec<_> =
+        [("build began", build), ("stopped", stopped)].into_iter().chain(reached).collect();
+    rows.sort_by_key(|&(_, time)| time);
+    let table: String =
+        rows.iter().map(|(name, time)| format!("{:>10.3} ms  {name}\n", time.as_secs_f64() * 1e3)).collect();
+    // With standard error gone there is nobody to tell.
+    _ = Stderr.write_all(table.as_bytes());
+}

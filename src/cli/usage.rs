@@ -1,0 +1,30 @@
+//! What the argument parser has to say, as one sentence.
+
+use clap::error::{ContextKind, ContextValue, Error};
+
+use crate::exit::UsageError;
+
+/// `error` in one sentence, with the suggestion that the parser may have.
+pub fn sentence(error: &Error) -> UsageError {
+    // The first paragraph says what is wrong; tips and usage follow.
+    let text = error.render().to_string();
+    let paragraph = text.split("\n\n").next().unwrap_or_default();
+    let words: Vec<&str> = paragraph.split_whitespace().skip_while(|word| *word == "error:").collect();
+    let mut sentence = words.join(" ");
+    let suggestions =
+        [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand, ContextKind::SuggestedValue];
+    if let Some(similar) = suggestions.iter().find_map(|kind| error.get(*kind)).and_then(first) {
+        sentence += &format!("; did you mean '{similar}'?");
+    } else {
+        sentence += "; see 'vmm run --help'";
+    }
+    UsageError(sentence)
+}
+
+fn first(value: &ContextValue) -> Option<&str> {
+    match value {
+        ContextValue::String(text) => Some(text),
+        ContextValue::Strings(texts) => texts.first().map(String::as_str),
+        _ => None,
+    }
+}

@@ -1,0 +1,228 @@
+//! A guest that runs in the foreground: its console on standard input and output, signals, and the end.
+
+use std::os::fd::BorrowedFd;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::stdio::{stdin, stdout};
+use vmm_core::console::{ConsoleInput, ConsoleReader};
+use vmm_core::{StopReason, Vm};
+
+use crate::signals::{Request, Signals};
+use crate::terminal::{self, KEYS_HELP, KeyCommand, Keys, Terminal};
+
+/// How long output is gathered after the first byte of a burst: long for a guest, short for a person.
+const SETTLE: Duration = Duration::from_micros(500);
+/// Most bytes of one write to standard output.
+const OUTPUT_CHUNK: usize = 16 << 10;
+/// Most bytes of one read from standard input.
+const INPUT_CHUNK: usize = 4 << 10;
+/// How long the last output may take when somebody wants the end now.
+const FLUSH_GRACE: Duration = Duration::from_millis(250);
+/// How often a guest in the background looks whether it has the terminal again.
+const BACKGROUND_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Why the command ended a guest that would have gone on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// Ctrl-A x.
+    Key,
+    /// The signal with this number.
+    Signal(u8),
+    /// Nobody reads standard output any more.
+    OutputClosed,
+    /// Standard output cannot be written: what the kernel said.
+    OutputFailed(String),
+}
+
+/// How a guest ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// What became of the machine.
+    pub reason: StopReason,
+    /// What the command had to do with it.
+    pub cause: Option<Cause>,
+}
+
+/// What the threads of a session share.
+struct Session {
+    vm: Arc<Vm>,
+    cause: OnceLock<Cause>,
+    events: Sender<Event>,
+}
+
+/// What the main thread waits for once the machine has stopped.
+enum Event {
+    /// All output is written, or will never be.
+    Flushed,
+    /// Somebody wants the end now.
+    Hurry,
+}
+
+/// Runs `vm` to its end, with the terminal as it was afterwards. `interactive`: its console is standard input and
+/// output. `signals` were blocked before `vm` was built, so that none of its threads gets them.
+pub fn run(vm: &Arc<Vm>, interactive: bool, quiet: bool, signals: Signals) -> anyhow::Result<Ended> {
+    let terminal = if interactive { Terminal::take() } else { None };
+    let (events, finished) = mpsc::channel();
+    let session = Arc::new(Session { vm: vm.clone(), cause: OnceLock::new(), events });
+    vm.start()?;
+    if interactive && let Some(console) = vm.take_console() {
+        session.spawn("output", move |session| session.copy_output(console))?;
+        let input = vm.console_input();
+        match terminal {
+            Some(_) => session.spawn("input", move |session| session.copy_keys(&input))?,
+            None => session.spawn("input", move |_| copy_input(input))?,
+        }
+        if terminal.is_some() && !quiet && !rustix::termios::isatty(stdout()) {
+            crate::cli::say("the terminal belongs to the guest; Ctrl-A x stops it, Ctrl-A h lists the keys");
+        }
+    }
+    session.spawn("signals", move |session| session.serve_signals(&signals))?;
+
+    let reason = vm.wait();
+    if interactive {
+        wait_until_flushed(&finished);
+    }
+    Ok(Ended { reason, cause: session.cause.get().cloned() })
+}
+
+/// Waits until all output is written, but not for long when somebody is in a hurry.
+fn wait_until_flushed(finished: &Receiver<Event>) {
+    if let Ok(Event::Hurry) = finished.recv() {
+        let hurry = std::time::Instant::now();
+        while let Ok(Event::Hurry) = finished.recv_timeout(FLUSH_GRACE.saturating_sub(hurry.elapsed())) {}
+    }
+}
+
+impl Session {
+    fn spawn(self: &Arc<Self>, name: &str, work: impl FnOnce(&Self) + Send + 'static) -> anyhow::Result<()> {
+        let session = self.clone();
+        let thread = thread::Builder::new().name(name.into()).spawn(move || work(&session));
+        thread.map(drop).with_context(|| format!("cannot start the thread '{name}'"))
+    }
+
+    /// Ends the guest at once. The first cause is the one that counts.
+    fn end(&self, cause: Cause) {
+        _ = self.cause.set(cause);
+        // It fails only when the main thread is on its way out.
+        _ = self.events.send(Event::Hurry);
+        self.vm.stop();
+    }
+
+    /// The thread that writes the guest's console to standard output.
+    fn copy_output(&self, mut console: ConsoleReader) {
+        let mut buf = [0; OUTPUT_CHUNK];
+        // The reader does not fail, it ends.
+        while let Ok(n @ 1..) = console.read_burst(&mut buf, SETTLE) {
+            match write_all(stdout(), &buf[..n]) {
+                Ok(()) => {}
+                Err(Errno::PIPE) => return self.end(Cause::OutputClosed),
+                // The terminal was closed; SIGHUP says so, but may be ignored.
+                Err(Errno::IO) if rustix::termios::isatty(stdout()) => return self.end(Cause::OutputClosed),
+                Err(errno) => return self.end(Cause::OutputFailed(errno.to_string())),
+            }
+        }
+        _ = self.events.send(Event::Flushed);
+    }
+
+    /// The thread that passes a terminal's keys to the guest.
+    fn copy_keys(&self, input: &ConsoleInput) {
+        let mut keys = Keys::default();
+        let mut buf = [0; INPUT_CHUNK];
+        let mut guest = Vec::with_capacity(INPUT_CHUNK);
+        loop {
+            match terminal::in_foreground() {
+                None => return,
+                Some(false) => thread::sleep(BACKGROUND_INTERVAL),
+                Some(true) => {
+                    terminal::make_raw();
+                    let mut typed = match read(stdin(), &mut buf) {
+                        Ok(0) => return,
+                        Ok(n) => &buf[..n],
+                        // In the background since, or the terminal is gone.
+                        Err(Errno::IO) if terminal::in_foreground() == Some(false) => continue,
+                        Err(_) => return,
+                    };
+                    while !typed.is_empty() {
+                        let command = keys.next_command(&mut typed, &mut guest);
+                        // A guest that does not read must not keep Ctrl-A x from working.
+                        if input.offer(&guest).is_ok_and(|taken| taken < guest.len()) {
+                            self.tell("\x07");
+                        }
+                        guest.clear();
+                        match command {
+                            Some(KeyCommand::Stop) => return self.end(Cause::Key),
+                            Some(KeyCommand::Help) => self.tell(KEYS_HELP),
+                            None => {}
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Writes to the operator at the terminal.
+    fn tell(&self, text: &str) {
+        // With standard error gone there is nobody to tell.
+        _ = std::io::Write::write_all(&mut terminal::Stderr, text.as_bytes());
+    }
+
+    /// The thread that waits for signals.
+    fn serve_signals(&self, signals: &Signals) {
+        while let Ok(request) = signals.wait() {
+            match request {
+                Request::End(number) => self.end(Cause::Signal(number)),
+                Request::Stop => {
+                    terminal::restore();
+                    signals.stop_process();
+                }
+                Request::Continue => terminal::make_raw(),
+            }
+        }
+    }
+}
+
+/// The thread that passes a file or a pipe to the guest. Its end does not end the guest.
+fn copy_input(mut input: ConsoleInput) {
+    let mut buf = [0; INPUT_CHUNK];
+    while let Ok(n @ 1..) = read(stdin(), &mut buf) {
+        // It fails when the machine has stopped.
+        if std::io::Write::write_all(&mut input, &buf[..n]).is_err() {
+            return;
+        }
+    }
+}
+
+/// Reads, waiting even where whoever shares the descriptor has made it non-blocking.
+fn read(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
+    loop {
+        match rustix::io::read(fd, &mut *buf) {
+            Err(Errno::AGAIN) => wait_for(fd, PollFlags::IN),
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// Writes all of `data`, as [`read`] reads.
+fn write_all(fd: BorrowedFd<'_>, mut data: &[u8]) -> Result<(), Errno> {
+    while !data.is_empty() {
+        match rustix::io::write(fd, data) {
+            Ok(n) => data = &data[n..],
+            Err(Errno::AGAIN) => wait_for(fd, PollFlags::OUT),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+fn wait_for(fd: BorrowedFd<'_>, events: PollFlags) {
+    // Whatever it says, the next read or write says it too.
+    _ = poll(&mut [PollFd::new(&fd, events)], None);
+}

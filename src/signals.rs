@@ -1,0 +1,89 @@
+//! Signals as something to wait for, on a thread of its own: no handler runs anywhere.
+#![allow(unsafe_code, reason = "signal masks are only reachable through libc")]
+
+use std::io;
+use std::mem::MaybeUninit;
+
+/// Signals that end the command, and those that stop it and let it go on.
+const AWAITED: [libc::c_int; 6] =
+    [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT];
+/// A background process that reads or configures the terminal gets these and stops. With them blocked, reading
+/// fails instead and configuring succeeds: a guest goes on in the background.
+const TERMINAL: [libc::c_int; 2] = [libc::SIGTTIN, libc::SIGTTOU];
+
+/// The signals that are blocked and waited for.
+pub struct Signals {
+    awaited: libc::sigset_t,
+}
+
+/// What a signal asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// To end, because of the signal with this number.
+    End(u8),
+    /// To give the terminal back and stop, until [`Request::Continue`].
+    Stop,
+    /// To take the terminal again.
+    Continue,
+}
+
+impl Signals {
+    /// Blocks the signals in this thread and all that it starts from now on. Those that the parent has set to be
+    /// ignored (nohup does that) stay ignored.
+    pub fn block() -> Self {
+        let awaited = set(AWAITED.into_iter().filter(|signal| !ignored(*signal)));
+        change_mask(libc::SIG_BLOCK, &awaited);
+        change_mask(libc::SIG_BLOCK, &set(TERMINAL.into_iter()));
+        Self { awaited }
+    }
+
+    /// Waits for the next request.
+    pub fn wait(&self) -> io::Result<Request> {
+        let mut signal = 0;
+        // SAFETY: both pointers are to live values.
+        match unsafe { libc::sigwait(&self.awaited, &mut signal) } {
+            0 => Ok(match signal {
+                libc::SIGTSTP => Request::Stop,
+                libc::SIGCONT => Request::Continue,
+                signal => Request::End(signal as u8),
+            }),
+            error => Err(io::Error::from_raw_os_error(error)),
+        }
+    }
+
+    /// Stops this process as SIGTSTP does when nobody waits for it; returns when it goes on.
+    pub fn stop_process(&self) {
+        let stop = set([libc::SIGTSTP].into_iter());
+        // SAFETY: a plain call. The signal is blocked, so it is pending until the next line.
+        unsafe { libc::raise(libc::SIGTSTP) };
+        change_mask(libc::SIG_UNBLOCK, &stop);
+        change_mask(libc::SIG_BLOCK, &stop);
+    }
+}
+
+fn set(signals: impl Iterator<Item = libc::c_int>) -> libc::sigset_t {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: sigemptyset makes a valid set of it, and sigaddset fails on numbers that are no signals.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for signal in signals {
+            libc::sigaddset(set.as_mut_ptr(), signal);
+        }
+        set.assume_init()
+    }
+}
+
+fn change_mask(how: libc::c_int, set: &libc::sigset_t) {
+    // SAFETY: `set` is valid, and the old mask is not asked for. It fails only when `how` is none.
+    unsafe { libc::pthread_sigmask(how, set, std::ptr::null_mut()) };
+}
+
+fn ignored(signal: libc::c_int) -> bool {
+    let mut action = MaybeUninit::<libc::sigaction>::zeroed();
+    // SAFETY: only asks; zeroes are a valid `sigaction`, which is what remains if the call fails.
+    let action = unsafe {
+        libc::sigaction(signal, std::ptr::null(), action.as_mut_ptr());
+        action.assume_init()
+    };
+    action.sa_sigaction == libc::SIG_IGN
+}

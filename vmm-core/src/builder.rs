@@ -255,14 +255,14 @@ impl Parts {
         slots: &[MmioSlot],
     ) -> Result<(), BuildError> {
         let mem = self.ram.memory();
-        let devices: Vec<String> = match kernel.finds_virtio_by_acpi {
-            true => Vec::new(),
-            false => slots
-                .iter()
-                .map(|slot| format!("virtio_mmio.device={}@{:#x}:{}", slot.len, slot.addr, slot.irq))
-                .collect(),
-        };
-        let cmdline = config.kernel_command_line(&devices)?;
+        // There is no PCI here; a kernel that looks for it makes some 250 exits to find that out.
+        let mut machine = vec!["pci=off".to_owned()];
+        if !kernel.finds_virtio_by_acpi {
+            let device =
+                |slot: &MmioSlot| format!("virtio_mmio.device={}@{:#x}:{}", slot.len, slot.addr, slot.irq);
+            machine.extend(slots.iter().map(device));
+        }
+        let cmdline = config.kernel_command_line(&machine)?;
         kernel::write_parameters(mem, kernel, initrd, &cmdline)?;
         kernel::write_table(mem, layout::MP_TABLE, &mptable::build(config.cpus))?;
         kernel::write_table(mem, layout::ACPI, &acpi::build(config.cpus, slots))?;

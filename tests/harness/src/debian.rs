@@ -44,7 +44,7 @@ pub fn initrd() -> Result<PathBuf> {
 
 /// An ext4 image of this machine's own Debian release, small, with systemd; root has no password. Shared: use a copy.
 pub fn rootfs() -> Result<PathBuf> {
-    packages::ensure(&["mmdebstrap", "e2fsprogs", "fakeroot"])?;
+    packages::ensure(&["mmdebstrap", "e2fsprogs", "fakeroot", "uidmap"])?;
     let release = release()?;
     let recipe = format!("{release} {PACKAGES} {SIZE} {CUSTOMIZE}");
     let dir = cache::build_once("debian-rootfs", &recipe, |dir| {
@@ -55,9 +55,8 @@ pub fn rootfs() -> Result<PathBuf> {
 }
 
 fn bootstrap(release: &str, dir: &Path) -> Result<()> {
-    let (sources, customize) = (dir.join("sources.list"), dir.join("customize.sh"));
+    let sources = dir.join("sources.list");
     fs::write(&sources, sources_list()?)?;
-    fs::write(&customize, CUSTOMIZE)?;
     let mut bootstrap = command::words("mmdebstrap --quiet --variant=essential");
     bootstrap
         .arg(format!("--include={PACKAGES}"))
@@ -66,7 +65,7 @@ fn bootstrap(release: &str, dir: &Path) -> Result<()> {
             ["doc", "man", "locale", "info"]
                 .map(|name| format!("--dpkgopt=path-exclude=/usr/share/{name}/*")),
         )
-        .arg(format!("--customize-hook=sh '{}' \"$1\"", customize.display()))
+        .arg(format!("--customize-hook={CUSTOMIZE}"))
         .args([release, "root.tar", "-"])
         .stdin(Stdio::from(fs::File::open(&sources)?))
         .current_dir(dir);
@@ -74,7 +73,7 @@ fn bootstrap(release: &str, dir: &Path) -> Result<()> {
     // fakeroot keeps owners and device nodes without root.
     let pack = format!(
         "PATH=$PATH:/usr/sbin:/sbin; mkdir root && tar xpf root.tar -C root && \
-         mkfs.ext4 -q -F -m 0 -d root rootfs.ext4 {SIZE} && rm -r root root.tar sources.list customize.sh"
+         mkfs.ext4 -q -F -m 0 -d root rootfs.ext4 {SIZE} && rm -r root root.tar sources.list"
     );
     command::run(Command::new("fakeroot").args(["sh", "-c", &pack]).current_dir(dir))
 }

@@ -1,4 +1,4 @@
-# Run by mmdebstrap with the new root as $1: a login without password on the serial console, and no unit that a test has no use for.
+# Run by mmdebstrap, the new root is $1: a login without password on the serial console, and no unit that a test has no use for.
 set -eu
 root=$1
 chroot "$root" passwd -q -d root

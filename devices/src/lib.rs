@@ -20,3 +20,8 @@ pub mod virtio;
 
 /// Guest memory as devices see it: mapped regions, with a dirty bitmap where the VM tracks writes.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<Option<vm_memory::bitmap::AtomicBitmap>>;
+
+/// The device guide's example is compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../docs/devices.md")]
+struct DeviceGuide;

@@ -53,3 +53,53 @@ mod test_events {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proptest::prelude::*;
+
+    use super::test_events::Raised;
+    use crate::model::{BusDevice, IrqLine};
+
+    struct NoLine;
+
+    impl IrqLine for NoLine {
+        fn trigger(&self) {}
+    }
+
+    fn all() -> Vec<Box<dyn BusDevice>> {
+        let events = Raised::new();
+        let serial = super::serial::SerialPort::new(
+            Arc::new(NoLine),
+            events.clone(),
+            Box::new(std::io::sink()),
+            Box::new(|| ()),
+        );
+        vec![
+            Box::new(serial),
+            Box::new(super::boot::BootPort::new(events.clone())),
+            Box::new(super::cmos::Cmos::new()),
+            Box::new(super::i8042::I8042::new(events.clone())),
+            Box::new(super::power::PowerRegisters::new(events.clone())),
+            Box::new(super::pvpanic::PvPanic::new(events)),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn accesses_of_any_width_anywhere_do_not_panic(
+            accesses in prop::collection::vec((0..10u64, prop::collection::vec(any::<u8>(), 0..9), any::<bool>()), 0..100),
+        ) {
+            for device in all() {
+                for (offset, data, write) in &accesses {
+                    match write {
+                        true => device.write(*offset, data),
+                        false => device.read(*offset, &mut vec![0; data.len()]),
+                    }
+                }
+            }
+        }
+    }
+}

@@ -230,13 +230,12 @@ impl<'m> Buffers<'m> {
         Ok(Datagram { len, left: copied..spilled })
     }
 
-    /// One `writev` of `header` and then the buffers to `file`, as one datagram. Returns the count of bytes,
-    /// which are consumed.
+    /// One `writev` of `header` and then the buffers to `file`, as one datagram; more than `MAX_CHAIN - 1`
+    /// pieces are an error. Returns the count of bytes, which are consumed.
     pub fn write_datagram(&mut self, header: &[u8], file: BorrowedFd<'_>) -> io::Result<usize> {
         let mut iov =
             vec![libc::iovec { iov_base: header.as_ptr().cast_mut().cast(), iov_len: header.len() }];
         iov.extend(self.iovecs());
-        iov.truncate(MAX_CHAIN);
         // SAFETY: as in `write_to`; the first range is `header`, which the kernel only reads.
         let len =
             retry(|| unsafe { libc::writev(file.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int) })?;

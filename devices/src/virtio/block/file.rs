@@ -79,11 +79,11 @@ impl Disk {
         Ok(Self { fd, sectors: size / SECTOR, read_only })
     }
 
-    /// A disk of 1 MiB in memory, whose sectors hold the low bits of their own number in every byte. Even a
+    /// A disk of 64 KiB in memory, whose sectors hold the low bits of their own number in every byte. Even a
     /// read-only one could be written by the host: only the device's own check is in the way.
     #[cfg(any(test, feature = "specimen"))]
     pub fn specimen(read_only: bool) -> Self {
-        const SECTORS: u64 = 2048;
+        const SECTORS: u64 = 128;
         let fd = rustix::fs::memfd_create("specimen", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
         let bytes: Vec<u8> = (0..SECTORS).flat_map(|sector| [sector as u8; SECTOR as usize]).collect();
         assert_eq!(rustix::io::pwrite(&fd, &bytes, 0), Ok(bytes.len()));

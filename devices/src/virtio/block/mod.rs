@@ -111,7 +111,7 @@ impl Block {
         Self { disk, id: id_bytes, driver_flushes: false, config, counters: Arc::default() }
     }
 
-    /// A disk of 1 MiB in memory, whose sectors hold their own number in every byte.
+    /// A disk of 64 KiB in memory, whose sectors hold their own number in every byte.
     #[cfg(any(test, feature = "specimen"))]
     fn specimen(ro: bool) -> Self {
         Self::new(Disk::specimen(ro), "specimen")

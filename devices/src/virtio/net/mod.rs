@@ -21,7 +21,7 @@ use virtio_bindings::virtio_net::{
 
 use super::buffers::Buffers;
 use super::config_space::ConfigSpace;
-use super::queue::Queues;
+use super::queue::{MAX_CHAIN, Queues};
 use crate::model::{Counters, DeviceKind, HostSource, OpenError, Progress, VirtioDevice};
 use header::{HEADER_BYTES, Offloads};
 pub use mac::{MacAddr, MacError};
@@ -145,7 +145,8 @@ impl Net {
         let mut header = [0; HEADER_BYTES];
         let complete = frame.read(&mut header) == HEADER_BYTES;
         let len = frame.len();
-        if !complete || !(MIN_FRAME..=MAX_FRAME).contains(&len) {
+        // As many pieces as a system call takes, less one for the header.
+        if !complete || !(MIN_FRAME..=MAX_FRAME).contains(&len) || frame.pieces() >= MAX_CHAIN {
             return Sent::Mistake;
         }
         // Copied and checked: the guest can change its own copy at any time.

@@ -63,7 +63,10 @@ impl Tap {
                 Some(libc::EPERM) => {
                     error("not permitted".into(), &format!("{make} user $USER, or run with CAP_NET_ADMIN"))
                 }
-                Some(libc::EINVAL) => error("not a tap interface with one queue".into(), &make),
+                Some(libc::EINVAL) => error(
+                    "not a tap interface with one queue".into(),
+                    "make one: ip tuntap add NAME mode tap",
+                ),
                 _ => error(cause.to_string(), "check it with ip link show"),
             }
         })?;

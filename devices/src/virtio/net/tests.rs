@@ -117,6 +117,27 @@ fn a_frame_of_gigabytes_is_refused_without_reading_it() {
 }
 
 #[test]
+fn a_frame_in_as_many_pieces_as_a_system_call_takes_is_not_cut_short() {
+    let (mut driver, host) = driver(0);
+    // The header shares its descriptor with the frame's first bytes.
+    for (descriptors, sent) in [(1023u16, true), (1024, false), (1025, false)] {
+        let len = |i: u16| if i == 0 { 20 } else { 1 };
+        let next = |i: u16| u16::from(i + 1 < descriptors);
+        let table: Vec<u8> = (0..descriptors)
+            .flat_map(|i| Desc { addr: DATA + 0x8000, len: len(i), flags: next(i), next: i + 1 }.bytes())
+            .collect();
+        driver.write(DATA, &table);
+        driver.set_desc(TX, 0, Desc { addr: DATA, len: table.len() as u32, flags: INDIRECT, next: 0 });
+        driver.offer(TX, 0);
+        driver.kick(TX);
+        assert_eq!(driver.used(TX), [(0, 0)]);
+        let frame = usize::from(descriptors) - 1 + 20;
+        assert_eq!(recv(&host).map(|bytes| bytes.len()), sent.then_some(frame), "{descriptors} descriptors");
+    }
+    assert_eq!(counter(&driver.counters.guest_mistakes), 2);
+}
+
+#[test]
 fn a_host_that_does_not_keep_up_costs_frames_and_nothing_else() {
     let (mut driver, host) = driver(0);
     let frame = datagram(9, 60_000);

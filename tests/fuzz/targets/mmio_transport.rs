@@ -1,0 +1,11 @@
+//! Registers written in any order and width, on a device of any kind that nobody has started.
+#![no_main]
+
+use devices::registry::KINDS;
+use devices::virtio::test_driver::Driver;
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| {
+    let Some((&choice, input)) = input.split_first() else { return };
+    let kind = &KINDS[usize::from(choice) % KINDS.len()];
+    fuzz::run(&mut Driver::new((kind.specimen)()), input);
+});

@@ -90,17 +90,21 @@ impl VmBuilder {
     }
 
     /// Checks everything that [`Self::build`] does before it makes a machine: limits, files, devices, and whether
-    /// kernel and initrd fit in memory. Neither the hypervisor nor the console's file is opened.
+    /// kernel and initrd fit in memory. Neither the hypervisor nor the console's file is opened, and a kernel may
+    /// be missing.
     pub fn check(&self) -> Result<(), BuildError> {
         let config = &self.config;
-        config.validate()?;
-        let kernel = config.kernel.as_deref().ok_or(ConfigError::NoKernel)?;
+        match config.validate() {
+            Ok(()) | Err(ConfigError::NoKernel) => {}
+            Err(error) => return Err(error.into()),
+        }
         // All at once, as in a machine: a disk that is there twice cannot be locked twice.
         let _devices = config.devices.iter().map(|device| device.open()).collect::<Result<Vec<_>, _>>()?;
         let ram = GuestRam::new(config.memory.0)?;
-        let kernel = kernel::load(ram.memory(), kernel, config.boot_protocol)?;
-        if let Some(initrd) = &config.initrd {
-            kernel::load_initrd(ram.memory(), initrd, &kernel)?;
+        if let Some(kernel) = &config.kernel {
+            let kernel = kernel::load(ram.memory(), kernel, config.boot_protocol)?;
+            let initrd = config.initrd.as_deref();
+            initrd.map(|path| kernel::load_initrd(ram.memory(), path, &kernel)).transpose()?;
         }
         Ok(())
     }

@@ -148,9 +148,6 @@ pub enum ConfigError {
 impl VmConfig {
     /// Checks everything that can be checked without opening anything.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        if self.kernel.is_none() {
-            return Err(ConfigError::NoKernel);
-        }
         if !(1..=layout::MAX_CPUS).contains(&self.cpus) {
             return Err(ConfigError::Cpus { cpus: self.cpus });
         }
@@ -161,7 +158,9 @@ impl VmConfig {
         if self.devices.len() > layout::DEVICE_IRQS.len() {
             return Err(ConfigError::TooManyDevices { count: self.devices.len() });
         }
-        self.kernel_command_line(&[]).map(|_| ())
+        self.kernel_command_line(&[])?;
+        // Last, so that this error says that all else is right.
+        self.kernel.as_ref().map(|_| ()).ok_or(ConfigError::NoKernel)
     }
 
     /// The kernel command line of this machine: base, then what `devices` (the machine's own parameters) and

@@ -37,6 +37,37 @@ pub const CAPABILITIES: &[(Cap, &str)] = &[
     (Cap::TscDeadlineTimer, "KVM_CAP_TSC_DEADLINE_TIMER"),
 ];
 
+/// What `/dev/kvm` says of itself, whether or not a machine can be built on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Host {
+    /// KVM_GET_API_VERSION; [`API_VERSION`] is the one that a machine needs.
+    pub api_version: i32,
+    /// The names of [`CAPABILITIES`], and whether they are there.
+    pub capabilities: Vec<(&'static str, bool)>,
+    /// Most vCPUs of one machine (KVM_CAP_MAX_VCPUS).
+    pub max_vcpus: usize,
+}
+
+/// The version of the KVM API that a machine needs.
+pub const API_VERSION: i32 = KVM_API_VERSION as i32;
+
+impl Host {
+    /// Asks `/dev/kvm`.
+    pub fn ask() -> Result<Self, HvError> {
+        let kvm = open()?;
+        let capabilities = CAPABILITIES.iter().map(|&(cap, name)| (name, kvm.check_extension(cap))).collect();
+        Ok(Self { api_version: kvm.get_api_version(), capabilities, max_vcpus: kvm.get_max_vcpus() })
+    }
+}
+
+fn open() -> Result<Kvm, HvError> {
+    Kvm::new().map_err(|error| match error.errno() {
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => HvError::NoKvm,
+        libc::EACCES | libc::EPERM => HvError::Permission,
+        errno => HvError::call("open of /dev/kvm", errno),
+    })
+}
+
 fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> HvError {
     move |error| HvError::call(call, error.errno())
 }
@@ -49,13 +80,9 @@ pub struct KvmHypervisor {
 impl KvmHypervisor {
     /// Opens `/dev/kvm` and checks that it has what a machine needs.
     pub fn open() -> Result<Self, HvError> {
-        let kvm = Kvm::new().map_err(|error| match error.errno() {
-            libc::ENOENT | libc::ENXIO | libc::ENODEV => HvError::NoKvm,
-            libc::EACCES | libc::EPERM => HvError::Permission,
-            errno => HvError::call("open of /dev/kvm", errno),
-        })?;
+        let kvm = open()?;
         let found = kvm.get_api_version();
-        if found != KVM_API_VERSION as i32 {
+        if found != API_VERSION {
             return Err(HvError::ApiVersion { found });
         }
         match CAPABILITIES.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {

@@ -7,9 +7,9 @@ use core::ptr::null;
 use rustix_core::fd::OwnedFd;
 use rustix_core::fs::{Mode, OFlags, open};
 use rustix_core::io::Errno;
-use rustix_core::process::{Pid, chdir, ioctl_tiocsctty, setsid};
+use rustix_core::process::{Pid, chdir, getpid, ioctl_tiocsctty, setpgid, setsid};
 use rustix_core::stdio::{dup2_stderr, dup2_stdin, dup2_stdout};
-use rustix_core::termios::{Winsize, tcsetwinsize};
+use rustix_core::termios::{Winsize, tcsetpgrp, tcsetwinsize};
 
 use crate::mounts::read_file;
 use crate::signals::Signals;
@@ -53,27 +53,44 @@ fn words(line: &[u8]) -> impl Iterator<Item = &[u8]> {
     split.filter(|word| !word.is_empty())
 }
 
-/// Starts `words` as leader of a session that owns the console; returns its process id.
+/// Starts `words` in the foreground of the console; returns its process id.
+///
+/// The console's session is led by process 1 itself, so that it outlives the command: the end of a session's
+/// leader hangs its terminal up, and what the command has written but the line has not sent would be lost.
 pub fn spawn<'a>(
     words: &[*const u8],
     environment: impl Iterator<Item = &'a CStr> + Clone,
     signals: Signals,
 ) -> Result<Pid, Errno> {
+    let _ = setsid();
+    let console = open_console();
+    if let Some(console) = &console {
+        let _ = ioctl_tiocsctty(console);
+        set_window_size(console, environment.clone());
+    }
     if let Some(child) = sys::fork()? {
         return Ok(child);
     }
-    signals.unblock();
-    let _ = setsid();
-    if let Some(console) = open_console() {
-        set_window_size(&console, environment.clone());
+    if let Some(console) = console {
+        take_foreground(&console);
         for standard in [dup2_stdin, dup2_stdout, dup2_stderr] {
             let _ = standard(&console);
         }
-        let _ = ioctl_tiocsctty(&console);
     }
+    signals.unblock();
     // An image without /root: stay in /.
     let _ = chdir(c"/root");
     become_program(words, environment)
+}
+
+/// Makes this process a process group of its own, which gets what is typed on the console, Ctrl-C included.
+fn take_foreground(console: &OwnedFd) {
+    // Until it has the foreground, a process that asks for it is stopped by this signal.
+    const SIGTTOU: u64 = 1 << 21;
+    sys::block_signals(SIGTTOU);
+    let _ = setpgid(None, None);
+    let _ = tcsetpgrp(console, getpid());
+    sys::unblock_signals(SIGTTOU);
 }
 
 /// The child's last act: becomes the program, or says why not and ends as a shell would.

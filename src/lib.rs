@@ -32,6 +32,7 @@ pub mod cli;
 
 mod config_file;
 mod exit;
+mod images;
 mod session;
 mod signals;
 mod terminal;

@@ -15,6 +15,7 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use vmm_core::{BuildError, config::ConfigError};
 
 pub use crate::exit::ExitStatus;
+pub(crate) use run::root_disk;
 use crate::exit::UsageError;
 
 /// A minimal hypervisor: a VM as small, as fast and as pleasant as a container, with a kernel of its own.
@@ -56,7 +57,7 @@ pub fn main(start: Instant) -> ExitStatus {
         Err(error) => Err(usage::sentence(&error).into()),
     };
     result.unwrap_or_else(|error| {
-        say(&error.to_string());
+        say(&sentence(&error));
         status_of(&error)
     })
 }
@@ -81,6 +82,14 @@ fn status_of(error: &anyhow::Error) -> ExitStatus {
     }
 }
 
+/// An error and its causes, as far as it does not name them itself.
+fn sentence(error: &anyhow::Error) -> String {
+    error.chain().skip(1).fold(error.to_string(), |sentence, cause| {
+        let cause = cause.to_string();
+        if sentence.contains(&cause) { sentence } else { format!("{sentence}: {cause}") }
+    })
+}
+
 /// Tells the operator something, on one line of standard error whatever is in it.
 pub(crate) fn say(sentence: &str) {
     let line: String = sentence.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
@@ -101,6 +110,21 @@ fn print(bytes: &[u8]) -> anyhow::Result<ExitStatus> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("{text}")]
+        struct Outer {
+            text: &'static str,
+            source: std::fmt::Error,
+        }
+        let inner = std::fmt::Error.to_string();
+        let told = |text| sentence(&Outer { text, source: std::fmt::Error }.into());
+        assert_eq!(told("cannot read"), format!("cannot read: {inner}"));
+        let text: &'static str = format!("no: {inner}; do").leak();
+        assert_eq!(told(text), text);
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

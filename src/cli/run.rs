@@ -20,10 +20,13 @@ use vmm_core::devices::virtio::block;
 use vmm_core::x86_64::layout::MAX_CPUS;
 use vmm_core::{Milestone, StopReason, Vm, VmConfig};
 
+pub use config::default_root_disk as root_disk;
+
 use super::device_flags::DeviceFlags;
 use super::{logging, say};
 use crate::config_file;
 use crate::exit::{self, ExitStatus};
+use crate::images;
 use crate::session::{self, Cause, Ended};
 use crate::signals::Signals;
 use crate::terminal::Stderr;
@@ -48,7 +51,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "PATH[,ro]", help_heading = "Machine", value_parser = config::root_disk)]
     rootfs: Option<block::Config>,
 
-    /// Attach no root file system
+    /// Attach no root file system, not even this project's own
     #[arg(long, help_heading = "Machine", conflicts_with = "rootfs")]
     no_rootfs: bool,
 
@@ -144,14 +147,19 @@ fn boot_protocol() -> impl TypedValueParser<Value = BootProtocol> {
 pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     logging::start(args.verbose, args.quiet)?;
     let file = args.config.as_deref().map(config_file::load).transpose()?.unwrap_or_default();
-    let config = config::merge(args, file)?;
+    let mut config = config::merge(args, file)?;
     if args.dry_run {
         return dry_run(config);
     }
+    images::provide_kernel(&mut config, args.quiet)?;
+    let own_root = !args.no_rootfs && images::wants_root(&config);
+    let root = own_root.then(|| images::provide_root(&mut config, args.quiet)).transpose()?;
     let interactive = config.serial == SerialConfig::Stdio;
     // Before any thread exists, so that none of them is interrupted by them.
     let signals = Signals::block();
     let vm = Arc::new(Vm::builder(config).console_when_full(WhenFull::Wait).build()?);
+    // The machine has a descriptor of its own.
+    drop(root);
     let ended = session::run(&vm, interactive, args.quiet, signals)?;
     let stopped = start.elapsed();
     if args.timings {

@@ -1,5 +1,7 @@
 //! From flags and a configuration file to one machine.
 
+use std::path::Path;
+
 use vmm_core::VmConfig;
 use vmm_core::devices::params::{self, ParamError};
 use vmm_core::devices::registry::{DeviceConfig, KINDS};
@@ -14,10 +16,18 @@ const ROOT_ID: &str = "rootfs";
 
 /// The value of `--rootfs`: a disk.
 pub fn root_disk(text: &str) -> Result<block::Config, ParamError> {
-    let mut disk: block::Config = params::from_str(text, Some("path"))?;
+    Ok(as_root(params::from_str(text, Some("path"))?))
+}
+
+/// The root disk on the image at `path`, with nothing else chosen.
+pub fn default_root_disk(path: &Path) -> DeviceConfig {
+    DeviceConfig::Disk(as_root(block::Config::new(path)))
+}
+
+fn as_root(mut disk: block::Config) -> block::Config {
     disk.root = true;
     disk.id.get_or_insert_with(|| ROOT_ID.into());
-    Ok(disk)
+    disk
 }
 
 fn is_root(device: &DeviceConfig) -> bool {

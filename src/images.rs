@@ -1,0 +1,60 @@
+//! What a guest gets that was given no kernel or no root file system: this project's own, from guest-images.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+
+use guest_images::kernel::{self, Flavour};
+use guest_images::progress::{Console, Progress};
+use guest_images::rootfs;
+use vmm_core::VmConfig;
+use vmm_core::devices::registry::DeviceConfig;
+
+use crate::cli::say;
+
+/// Says what the choice of the ring-3 kernel means. With `cpus` vCPUs asked for.
+fn explain_ring3(cpus: u8) -> String {
+    let cpus = match cpus {
+        1 => "one vCPU".into(),
+        more => format!("one of the {more} vCPUs"),
+    };
+    format!(
+        "this host's processors offer no VMX or SVM, so the guest boots the ring-3 kernel: it uses {cpus}, runs \
+         64-bit programs only and does not protect itself from them; the VM's own boundary is as strong as ever"
+    )
+}
+
+/// Chooses the kernel for a machine that has none; builds it when it is not in the cache.
+pub fn provide_kernel(config: &mut VmConfig, quiet: bool) -> anyhow::Result<()> {
+    if config.kernel.is_none() {
+        let flavour = Flavour::for_host();
+        let built = kernel::build_or_cached(flavour, &mut *progress(quiet))?;
+        if flavour == Flavour::Ring3 && !quiet {
+            say(&explain_ring3(config.cpus));
+        }
+        config.kernel = Some(built.vmlinux);
+    }
+    Ok(())
+}
+
+/// Whether a machine is one that gets our root file system.
+pub fn wants_root(config: &VmConfig) -> bool {
+    let is_root = |device: &DeviceConfig| matches!(device, DeviceConfig::Disk(disk) if disk.root);
+    config.initrd.is_none() && !config.devices.iter().any(is_root)
+}
+
+/// Gives a machine a root disk that ends with it. The file is to be kept until the machine is built.
+pub fn provide_root(config: &mut VmConfig, quiet: bool) -> anyhow::Result<File> {
+    let image = rootfs::demo(&mut *progress(quiet))?;
+    let copy = rootfs::private_copy(&image)?;
+    let path = PathBuf::from(format!("/proc/self/fd/{}", copy.as_raw_fd()));
+    config.devices.insert(0, crate::cli::root_disk(&path));
+    Ok(copy)
+}
+
+fn progress(quiet: bool) -> Box<dyn Progress> {
+    match quiet {
+        true => Box::new(()),
+        false => Box::new(Console::new()),
+    }
+}

@@ -66,7 +66,8 @@ fn one_image_is_not_written_by_two_machines() -> Result<()> {
 #[test]
 fn a_disk_that_shrinks_under_the_guest_is_an_error_to_it_and_no_more() -> Result<()> {
     let disk = Disk::blank(8 << 20)?;
-    let line = "echo up; read x; dd if=/dev/vdb of=/dev/null bs=64k skip=100 count=1 && echo read; echo alive";
+    let line =
+        "echo up; read x; dd if=/dev/vdb of=/dev/null bs=64k skip=100 count=1 && echo read; echo alive";
     let mut guest = Guest::new().disk(&disk).shell(line).start()?;
     guest.expect("up")?;
     // In the lab the guest has a copy, which stays as it is.

@@ -196,7 +196,7 @@ fn what_cannot_be_built_says_why() {
         path
     };
     let big = Micro::new().raw(&vec![0x90; 5 << 20]).elf();
-    let kernel = file("kernel", &Micro::new().elf());
+    let kernel = file("kernel", &Micro::new().reset().elf());
     let plain = VmConfig { kernel: Some(kernel), ..VmConfig::default() };
     let with_kernel = |path: PathBuf| VmConfig { kernel: Some(path), ..plain.clone() };
     let initrd =
@@ -206,6 +206,7 @@ fn what_cannot_be_built_says_why() {
         (with_kernel(dir.path().into()), "not a regular file"),
         (with_kernel(file("empty", b"")), "it is neither an ELF vmlinux nor a bzImage"),
         (with_kernel(file("gz", b"\x1f\x8b\x08")), "it is gzip data; decompress it first"),
+        (with_kernel(file("nothing", &Micro::new().elf())), "nothing to load above 1 MiB"),
         (with_kernel(file("elf32", b"\x7fELF\x01\x01")), "not for x86-64"),
         (VmConfig { memory: "4M".parse().unwrap(), ..with_kernel(file("big", &big)) }, "raise --memory"),
         (initrd(file("initrd", &vec![1; 4 << 20])), "raise --memory"),

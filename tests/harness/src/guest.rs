@@ -193,6 +193,9 @@ impl<'a> Guest<'a> {
     /// The whole command line of `vmm run`.
     fn arguments(&self, kernel: &Kernel, place: &Place, lent: &mut Vec<Lent<'a>>) -> Result<Vec<String>> {
         let mut arguments = vec![place.provide(&binaries::vmm()?)?, "run".into()];
+        if matches!(self.rootfs, Rootfs::None) {
+            arguments.push("--no-rootfs".into());
+        }
         let mut option = |name: &str, value: String| arguments.extend([name.to_owned(), value]);
         option("--kernel", place.provide(&kernel.file()?)?);
         if let Some(initrd) = &self.initrd {
@@ -200,7 +203,7 @@ impl<'a> Guest<'a> {
         }
         match &self.rootfs {
             Rootfs::Demo => option("--rootfs", place.provide(&crate::demo_image()?)? + ",ro"),
-            Rootfs::None => option("--rootfs", "none".into()),
+            Rootfs::None => {}
             Rootfs::Disk(disk) => option("--rootfs", lend(disk, place, lent)?),
             Rootfs::ReadOnly(image) => option("--rootfs", place.provide(image)? + ",ro"),
         }

@@ -180,6 +180,10 @@ pub fn load(mem: &GuestMemory, path: &Path, protocol: BootProtocol) -> Result<Ke
             }
         }
     };
+    if kernel.end <= layout::HIGH_RAM {
+        let reason = "it has nothing to load above 1 MiB; build vmlinux for x86-64".into();
+        return Err(KernelError::Format { path: path.into(), reason });
+    }
     match kernel.end <= low_ram_end(mem) {
         true => Ok(kernel),
         false => Err(too_large()),

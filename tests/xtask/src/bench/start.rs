@@ -31,7 +31,7 @@ pub fn run(runs: usize) -> Result<Table> {
         Subject::new(
             "vmm",
             &vmm,
-            &format!("run --memory 128M --rootfs none --no-rng -q --kernel {}", kernel.display()),
+            &format!("run --memory 128M --no-rootfs --no-rng -q --kernel {}", kernel.display()),
         ),
         qemu::microvm("QEMU microvm", false, "", &format!("-bios {}", bios.display()))?,
         Subject::new("vmm --version (no guest)", &vmm, "--version"),

@@ -180,6 +180,8 @@ impl Session {
                 Request::Stop => {
                     terminal::restore();
                     signals.stop_process();
+                    // Without a shell that could let it go on, the kernel does not stop it.
+                    terminal::make_raw();
                 }
                 Request::Continue => terminal::make_raw(),
             }

@@ -7,7 +7,7 @@ use std::io::{self, Write};
 use std::sync::{Mutex, MutexGuard, Once};
 
 use rustix::stdio::stdin;
-use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcsetattr};
+use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr};
 
 /// What the terminal was like before it became raw; `None` while it is not raw.
 static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
@@ -44,6 +44,12 @@ impl Drop for Terminal {
     fn drop(&mut self) {
         restore();
     }
+}
+
+/// Columns and lines of the terminal at standard input, if it is one that knows.
+pub fn size() -> Option<(u16, u16)> {
+    let size = tcgetwinsize(stdin()).ok()?;
+    (size.ws_col > 0 && size.ws_row > 0).then_some((size.ws_col, size.ws_row))
 }
 
 /// Whether this process may read the terminal; `None` if the terminal is gone.

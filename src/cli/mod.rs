@@ -11,12 +11,13 @@ mod usage;
 use std::io::Write;
 use std::time::Instant;
 
+use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use vmm_core::{BuildError, config::ConfigError};
 
 pub use crate::exit::ExitStatus;
-pub(crate) use run::root_disk;
 use crate::exit::UsageError;
+pub(crate) use run::root_disk;
 
 /// A minimal hypervisor: a VM as small, as fast and as pleasant as a container, with a kernel of its own.
 #[derive(Parser)]
@@ -49,10 +50,10 @@ pub fn main(start: Instant) -> ExitStatus {
     let result = match Cli::command().try_get_matches_from(arguments).and_then(|m| Cli::from_arg_matches(&m))
     {
         Ok(cli) => dispatch(cli.command, start),
-        Err(error) if !error.use_stderr() => {
-            // Help or version: a reader that has seen enough is no error.
+        Err(error) if !error.use_stderr() || error.kind() == DisplayHelpOnMissingArgumentOrSubcommand => {
+            // Help or version. A reader that has seen enough is no error.
             _ = error.print();
-            return ExitStatus::Success;
+            return if error.use_stderr() { ExitStatus::Usage } else { ExitStatus::Success };
         }
         Err(error) => Err(usage::sentence(&error).into()),
     };

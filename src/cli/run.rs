@@ -29,7 +29,7 @@ use crate::exit::{self, ExitStatus};
 use crate::images;
 use crate::session::{self, Cause, Ended};
 use crate::signals::Signals;
-use crate::terminal::Stderr;
+use crate::terminal::{self, Stderr};
 
 /// Boot a guest, attach the terminal, return when the guest stops
 ///
@@ -155,6 +155,10 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     let own_root = !args.no_rootfs && images::wants_root(&config);
     let root = own_root.then(|| images::provide_root(&mut config, args.quiet)).transpose()?;
     let interactive = config.serial == SerialConfig::Stdio;
+    if interactive && let Some((columns, lines)) = terminal::size() {
+        // A serial line does not tell its size. Linux hands this to init as environment, and ours acts on it.
+        config::append_first(&mut config, &format!("COLUMNS={columns} LINES={lines}"));
+    }
     // Before any thread exists, so that none of them is interrupted by them.
     let signals = Signals::block();
     let vm = Arc::new(Vm::builder(config).console_when_full(WhenFull::Wait).build()?);

@@ -16,9 +16,17 @@ pub fn sentence(error: &Error) -> UsageError {
     if let Some(similar) = suggestions.iter().find_map(|kind| error.get(*kind)).and_then(first) {
         sentence += &format!("; did you mean '{similar}'?");
     } else {
-        sentence += "; see 'vmm run --help'";
+        sentence += &format!("; see '{} --help'", command(error));
     }
     UsageError(sentence)
+}
+
+/// The command whose arguments are wrong, by its usage: `Usage: vmm run [OPTIONS]`.
+fn command(error: &Error) -> String {
+    let usage = error.get(ContextKind::Usage).map(ToString::to_string).unwrap_or_default();
+    let words = usage.split_whitespace().skip_while(|word| *word != "vmm");
+    let words: Vec<&str> = words.take_while(|word| word.bytes().all(|b| b.is_ascii_lowercase())).collect();
+    if words.is_empty() { "vmm".into() } else { words.join(" ") }
 }
 
 fn first(value: &ContextValue) -> Option<&str> {

@@ -70,15 +70,17 @@ fn acceleration() -> Item {
 
 fn huge_pages() -> Item {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let field = |name: &str| meminfo.lines().find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()));
+    let field =
+        |name: &str| meminfo.lines().find_map(|line| Some(line.strip_prefix(name)?.trim().to_owned()));
     let reserved = field("HugePages_Total:").unwrap_or_else(|| "0".into());
     let size = field("Hugepagesize:").unwrap_or_else(|| "unknown size".into());
     let transparent = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_default();
     let mode = transparent.split(['[', ']']).nth(1).unwrap_or("never").to_owned();
     let found = format!("{reserved} reserved of {size}; transparent ones: {mode}");
-    item("huge pages", false, found).missing_unless(reserved != "0" || mode != "never", &[
-        "Guests run without; with them they run a little faster: sysctl vm.nr_hugepages=N",
-    ])
+    item("huge pages", false, found).missing_unless(
+        reserved != "0" || mode != "never",
+        &["Guests run without; with them they run a little faster: sysctl vm.nr_hugepages=N"],
+    )
 }
 
 fn tap() -> Item {
@@ -107,7 +109,9 @@ fn io_uring() -> Item {
     }
     let error = io::Error::last_os_error();
     item(name, false, reason(&error)).missing(&[match error.raw_os_error() {
-        Some(libc::EPERM) => "It is switched off (or a container forbids it): sysctl kernel.io_uring_disabled=0",
+        Some(libc::EPERM) => {
+            "It is switched off (or a container forbids it): sysctl kernel.io_uring_disabled=0"
+        }
         _ => "Use Linux 5.1 or newer, built with CONFIG_IO_URING.",
     }])
 }
@@ -116,9 +120,8 @@ fn cgroups() -> Item {
     let name = "cgroups v2";
     match fs::read_to_string("/sys/fs/cgroup/cgroup.controllers") {
         Ok(controllers) => item(name, false, format!("controllers: {}", controllers.trim())),
-        Err(_) => item(name, false, "not mounted at /sys/fs/cgroup").missing(&[
-            "To limit what a VM may use: boot the host with systemd.unified_cgroup_hierarchy=1",
-        ]),
+        Err(_) => item(name, false, "not mounted at /sys/fs/cgroup")
+            .missing(&["To limit what a VM may use: boot the host with systemd.unified_cgroup_hierarchy=1"]),
     }
 }
 

@@ -118,7 +118,10 @@ mod tests {
     fn lines_are_aligned_and_marks_fit_the_terminal() {
         let report = Report::new(vec![item("a", true, true), item("long", false, true)]);
         let plain = report.text(&Style { signs: false, colours: false });
-        assert!(plain.starts_with("ok      a     found\nmissing long  found\n          do this\n\nNo guest"), "{plain}");
+        assert!(
+            plain.starts_with("ok      a     found\nmissing long  found\n          do this\n\nNo guest"),
+            "{plain}"
+        );
         let signs = report.text(&Style { signs: true, colours: false });
         assert!(signs.starts_with("✓ a     found\n✗ long  found\n    do this\n"), "{signs}");
         assert!(report.text(&Style { signs: true, colours: true }).contains("\x1b[31m✗\x1b[0m long"));

@@ -79,6 +79,12 @@ fn replace<T>(value: &mut T, flag: Option<T>) {
     }
 }
 
+/// Adds `parameters` to the kernel command line, before what else is added.
+pub fn append_first(config: &mut VmConfig, parameters: &str) {
+    let append = config.append.take().unwrap_or_default();
+    config.append = Some(format!("{parameters} {append}").trim_end().into());
+}
+
 /// Puts the command behind ` -- ` on the kernel command line.
 fn add_command(args: &RunArgs, config: &mut VmConfig) -> Result<(), UsageError> {
     if args.command.is_empty() {
@@ -95,4 +101,90 @@ fn add_command(args: &RunArgs, config: &mut VmConfig) -> Result<(), UsageError> 
     let append = config.append.take().unwrap_or_default();
     config.append = Some(format!("{append} -- {command}").trim_start().into());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, FromArgMatches, Parser};
+    use vmm_core::config::SerialConfig;
+    use vmm_core::devices::size::ByteSize;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Run {
+        #[command(flatten)]
+        args: RunArgs,
+    }
+
+    /// The configuration that `flags` and a file in JSON make.
+    fn machine(file: Option<&str>, flags: &[&str]) -> Result<VmConfig, String> {
+        let file = file.map_or_else(ConfigFile::default, |text| ConfigFile {
+            config: serde_json::from_str(text).unwrap(),
+            lists_devices: text.contains("devices"),
+        });
+        let matches = Run::command().try_get_matches_from(["run"].iter().chain(flags));
+        let run = matches.and_then(|m| Run::from_arg_matches(&m)).map_err(|e| e.to_string())?;
+        merge(&run.args, file).map_err(|e| e.to_string())
+    }
+
+    /// The devices, each as kind and, for disks, path.
+    fn devices(config: &VmConfig) -> Vec<String> {
+        let describe = |device: &DeviceConfig| match device {
+            DeviceConfig::Disk(disk) => {
+                format!("disk {}{}", disk.path.display(), if disk.root { " root" } else { "" })
+            }
+            other => other.kind().into(),
+        };
+        config.devices.iter().map(describe).collect()
+    }
+
+    const FILE: &str = r#"{"kernel": "k", "cpus": 4, "memory": "1G", "serial": "null", "append": "a",
+        "devices": [{"kind": "disk", "path": "r", "root": true}, {"kind": "disk", "path": "d"}]}"#;
+
+    #[test]
+    fn flags_win_over_the_file() {
+        let config = machine(Some(FILE), &["--cpus", "2", "--serial", "file=x", "--append", "b"]).unwrap();
+        assert_eq!((config.cpus, config.memory), (2, ByteSize(1 << 30)));
+        assert_eq!(config.serial, SerialConfig::File("x".into()));
+        assert_eq!(config.append.as_deref(), Some("b"));
+        assert_eq!(config.kernel.as_deref(), Some(Path::new("k")));
+    }
+
+    #[test]
+    fn device_flags_add_to_the_file_and_rootfs_replaces() {
+        let config = machine(Some(FILE), &["--disk", "e", "--rootfs", "n,ro", "--rng"]).unwrap();
+        assert_eq!(devices(&config), ["disk n root", "disk d", "disk e", "rng"]);
+        let DeviceConfig::Disk(root) = &config.devices[0] else { panic!("a disk") };
+        assert_eq!((root.ro, root.id.as_deref()), (true, Some("rootfs")));
+        assert_eq!(devices(&machine(Some(FILE), &["--no-rootfs"]).unwrap()), ["disk d"]);
+    }
+
+    #[test]
+    fn devices_come_in_the_order_of_their_flags() {
+        let flags = ["--net", "tap=t", "--disk", "path=a", "--rng", "--net", "tap=u", "--disk", "b,ro"];
+        assert_eq!(devices(&machine(None, &flags).unwrap()), ["net", "disk a", "rng", "net", "disk b"]);
+    }
+
+    #[test]
+    fn what_is_on_by_default_can_be_left_out() {
+        assert_eq!(devices(&machine(None, &[]).unwrap()), ["rng"]);
+        assert_eq!(devices(&machine(None, &["--rng"]).unwrap()), ["rng"]);
+        assert_eq!(devices(&machine(None, &["--no-rng"]).unwrap()), [""; 0]);
+        assert!(machine(None, &["--rng", "--no-rng"]).is_err());
+        let with = r#"{"devices": [{"kind": "rng"}]}"#;
+        assert_eq!(devices(&machine(Some(with), &["--no-rng"]).unwrap()), [""; 0]);
+        assert_eq!(devices(&machine(Some(with), &["--rng"]).unwrap()), ["rng"]);
+        assert_eq!(devices(&machine(Some(r#"{"devices": []}"#), &[]).unwrap()), [""; 0]);
+    }
+
+    #[test]
+    fn a_command_goes_behind_what_is_added() {
+        let line = |flags: &[&str]| machine(None, flags).map(|config| config.append.unwrap_or_default());
+        assert_eq!(line(&["--", "sh", "-c", "a b"]).unwrap(), "-- sh -c \"a b\"");
+        assert_eq!(line(&["--append", "x=1", "--", "ls"]).unwrap(), "x=1 -- ls");
+        assert_eq!(line(&["--append", "x=1 -- ls"]).unwrap(), "x=1 -- ls");
+        let error = line(&["--append", "x=1 -- ls", "--", "ls"]).unwrap_err();
+        assert!(error.contains("already says what init runs"), "{error}");
+    }
 }

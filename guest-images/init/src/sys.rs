@@ -4,6 +4,7 @@
 use core::arch::asm;
 use core::time::Duration;
 
+use rustix_core::fd::BorrowedFd;
 use rustix_core::io::Errno;
 use rustix_core::process::Pid;
 
@@ -40,17 +41,20 @@ unsafe fn syscall(number: usize, arguments: [usize; 4]) -> Result<usize, Errno> 
     }
 }
 
-/// Writes to standard output, which the kernel opens on the console for process 1. A console that takes no
-/// output leaves nobody to tell.
+/// Standard output, which the kernel opens on the console for process 1.
+fn console() -> BorrowedFd<'static> {
+    // SAFETY: nothing in this program closes descriptor 1.
+    unsafe { BorrowedFd::borrow_raw(1) }
+}
+
+/// Writes to the console. One that takes no output leaves nobody to tell.
 pub fn write_console(line: &[u8]) {
-    // SAFETY: nothing in this program closes standard output.
-    let _ = rustix_core::io::write(unsafe { rustix_core::stdio::stdout() }, line);
+    let _ = rustix_core::io::write(console(), line);
 }
 
 /// Waits until the console has sent what was written to it.
 pub fn drain_console() {
-    // SAFETY: nothing in this program closes standard output.
-    let _ = rustix_core::termios::tcdrain(unsafe { rustix_core::stdio::stdout() });
+    let _ = rustix_core::termios::tcdrain(console());
 }
 
 /// Writes `value` to an I/O port; does nothing where the kernel does not let us (no ioperm, no privilege).

@@ -70,6 +70,20 @@ fn what_is_written_is_read_back_by_guest_and_host() {
 }
 
 #[test]
+fn every_page_that_a_read_fills_is_marked_dirty() {
+    let (mut driver, _) = driver(false, 0);
+    let (_, pages) = driver.post(0, &[&header(IN, 0), &[0; 4096 - 16]], &[4096, 2 * 4096, 512, 1]);
+    driver.clear_dirty();
+    driver.kick(0);
+    assert_eq!(driver.used(0).len(), 1);
+    for page in [pages[0], pages[1], pages[1] + 4096, pages[2]] {
+        assert!(driver.is_dirty(page), "{page:#x}");
+    }
+    assert!(!driver.is_dirty(pages[0] - 1), "the device only read there");
+    assert!(!driver.is_dirty(pages[3] + 4096));
+}
+
+#[test]
 fn the_capacity_is_the_files() {
     let (driver, _) = driver(false, 0);
     let mut bytes = [0; 24];

@@ -4,21 +4,30 @@ use std::os::fd::AsFd;
 use std::sync::atomic::Ordering;
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use vm_memory::{Bytes, GuestAddress};
 
+use super::header::NUM_BUFFERS;
 use super::*;
 use crate::virtio::F_EVENT_IDX;
-use crate::virtio::test_driver::{DATA, Desc, Driver, INDIRECT, Reply, WRITE, rings};
+use crate::virtio::queue::{QueueConfig, QueueCore};
+use crate::virtio::test_driver::{DATA, Desc, Driver, INDIRECT, Reply, Rings, WRITE, memory, rings};
 
 const MRG: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 
-/// A driver of a network device, and the host's end of its socket.
-fn driver(features: u64) -> (Driver, OwnedFd) {
+/// A socket for a device, and the host's end of it.
+fn pair() -> (OwnedFd, OwnedFd) {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let (device, host) =
         rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).expect("pair");
     for end in [&device, &host] {
         rustix::net::sockopt::set_socket_send_buffer_size(end, 1 << 20).expect("buffer");
     }
+    (device, host)
+}
+
+/// A driver of a network device, and the host's end of its socket.
+fn driver(features: u64) -> (Driver, OwnedFd) {
+    let (device, host) = pair();
     let mut driver = Driver::new(Box::new(Net::from_socket(device, MacAddr::from_name("test"))));
     driver.start(features);
     (driver, host)
@@ -47,8 +56,6 @@ fn with_buffers(mut datagram: Vec<u8>, buffers: u16) -> Vec<u8> {
     datagram[NUM_BUFFERS..HEADER_BYTES].copy_from_slice(&buffers.to_le_bytes());
     datagram
 }
-
-use header::NUM_BUFFERS;
 
 fn counter(counter: &std::sync::atomic::AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
@@ -203,6 +210,57 @@ fn a_long_frame_is_spread_over_buffers_if_the_driver_agreed() {
         assert!(got == with_buffers(sent, used.len() as u16), "round {round}");
         driver.start(MRG);
     }
+}
+
+#[test]
+fn every_page_that_a_frame_fills_is_marked_dirty() {
+    let (mut driver, host) = driver(MRG);
+    let posted: Vec<u64> = (0..23).flat_map(|_| driver.post(RX, &[], &[4096]).1).collect();
+    // The first frame comes by way of the spill buffer, the second does not.
+    for used in [0..11, 11..22] {
+        driver.clear_dirty();
+        send(&host, &datagram(1, 10 * 4096 + 100));
+        driver.host_events();
+        assert_eq!(driver.used(RX).len(), 11);
+        for (i, &page) in posted.iter().enumerate() {
+            assert_eq!(driver.is_dirty(page), used.contains(&i), "buffer {i} of {used:?}");
+        }
+    }
+}
+
+#[test]
+fn a_call_that_has_few_chains_left_does_not_begin_a_frame_it_cannot_end() {
+    let mem = memory();
+    let Rings { desc, driver, device } = rings(RX);
+    let config = QueueConfig { max_size: 256, size: 256, ready: true, desc, driver, device };
+    let mut core = QueueCore::new(RX, &config, false, 1, &mem).expect("a good configuration");
+    let set_avail = |index: u16| mem.write_obj(index, GuestAddress(driver + 2)).expect("memory");
+    for i in 0..256u64 {
+        let buffer = Desc { addr: DATA + i * 1536, len: 1536, flags: WRITE, next: 0 };
+        mem.write_slice(&buffer.bytes(), GuestAddress(desc + i * 16)).expect("memory");
+        mem.write_obj(i as u16, GuestAddress(driver + 4 + i * 2)).expect("memory");
+    }
+    let (socket, host) = pair();
+    let (tap, counters) = (Tap::from_socket(socket), Counters::default());
+    let mut receiver = Receiver::new();
+    receiver.activate(true);
+    send(&host, &datagram(1, 60));
+    send(&host, &datagram(2, 60_000));
+
+    let mut queues = Queues::lend(std::slice::from_mut(&mut core), &mem);
+    let mut queue = queues.get(0);
+    set_avail(256);
+    for _ in 0..240 {
+        let head = queue.pop().expect("a buffer").head;
+        queue.push(head, 0);
+    }
+    // The driver is as quick as the device, so that buffers are not what is short.
+    set_avail(256 + 240);
+    assert_eq!(receiver.receive(&tap, &mut queue, &counters), Progress::More);
+    assert_eq!((counter(&counters.requests), counter(&counters.dropped)), (1, 0));
+    let mut queues = Queues::lend(std::slice::from_mut(&mut core), &mem);
+    assert_eq!(receiver.receive(&tap, &mut queues.get(0), &counters), Progress::Done);
+    assert_eq!((counter(&counters.requests), counter(&counters.dropped)), (2, 0));
 }
 
 #[test]

@@ -187,7 +187,8 @@ impl<'a> Guest<'a> {
             program = net.within(&program);
         }
         let process = place.start(&program)?;
-        Ok(Running { process, deadline: self.deadline * place.slowness(), place, lent })
+        let deadline = self.deadline * place.slowness();
+        Ok(Running { process, deadline, place, lent, _kernel: kernel })
     }
 
     /// The whole command line of `vmm run`.
@@ -253,6 +254,8 @@ pub struct Running<'a> {
     place: Place,
     deadline: Duration,
     lent: Vec<Lent<'a>>,
+    /// Keeps the file of a micro guest.
+    _kernel: Kernel,
 }
 
 impl Running<'_> {

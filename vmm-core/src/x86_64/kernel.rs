@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use devices::GuestMemory;
@@ -104,7 +105,8 @@ pub enum KernelError {
 /// Opens a regular file for reading. `what` and `flag` are for the error.
 fn open(path: &Path, what: &'static str, flag: &'static str) -> Result<File, KernelError> {
     let error = |reason: String| KernelError::Open { what, path: path.into(), reason, flag };
-    let file = File::open(path).map_err(|e| {
+    // Without waiting for the other end of what turns out to be a FIFO.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|e| {
         error(match e.kind() {
             io::ErrorKind::NotFound => "no such file".into(),
             io::ErrorKind::PermissionDenied => "permission denied".into(),
@@ -243,7 +245,7 @@ fn load_error(error: linux_loader::loader::Error, path: &Path, mem: &GuestMemory
 }
 
 fn ram_mib(mem: &GuestMemory) -> u64 {
-    mem.iter().map(|r| vm_memory::GuestMemoryRegion::len(r)).sum::<u64>() >> 20
+    mem.iter().map(vm_memory::GuestMemoryRegion::len).sum::<u64>() >> 20
 }
 
 /// First address after the RAM below the MMIO gap.

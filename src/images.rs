@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use guest_images::kernel::{self, Flavour};
 use guest_images::progress::{Console, Progress};
 use guest_images::rootfs;
-use vmm_core::VmConfig;
+
 use vmm_core::devices::registry::DeviceConfig;
+use vmm_core::{Vm, VmConfig};
 
 use crate::cli::say;
 
@@ -27,6 +28,8 @@ fn explain_ring3(cpus: u8) -> String {
 /// Chooses the kernel for a machine that has none; builds it when it is not in the cache.
 pub fn provide_kernel(config: &mut VmConfig, quiet: bool) -> anyhow::Result<()> {
     if config.kernel.is_none() {
+        // A build takes minutes: what is wrong is better said before.
+        Vm::builder(config.clone()).check()?;
         let flavour = Flavour::for_host();
         let built = kernel::build_or_cached(flavour, &mut *progress(quiet))?;
         if flavour == Flavour::Ring3 && !quiet {

@@ -64,25 +64,49 @@ enum Event {
     Hurry,
 }
 
+/// The thread that waits for signals.
+pub struct SignalThread {
+    session: Arc<OnceLock<Arc<Session>>>,
+}
+
+impl SignalThread {
+    /// Starts it; to be done before any other thread is started, so that none of them gets a signal.
+    pub fn start() -> anyhow::Result<Self> {
+        let signals = Signals::block();
+        let session = Arc::new(OnceLock::new());
+        spawn("signals", {
+            let session = session.clone();
+            move || serve_signals(&signals, &session)
+        })?;
+        Ok(Self { session })
+    }
+}
+
 /// Runs `vm` to its end, with the terminal as it was afterwards. `interactive`: its console is standard input and
-/// output. `signals` were blocked before `vm` was built, so that none of its threads gets them.
-pub fn run(vm: &Arc<Vm>, interactive: bool, quiet: bool, signals: Signals) -> anyhow::Result<Ended> {
-    let terminal = if interactive { Terminal::take() } else { None };
+/// output.
+pub fn run(vm: &Arc<Vm>, interactive: bool, quiet: bool, signals: &SignalThread) -> anyhow::Result<Ended> {
     let (events, finished) = mpsc::channel();
     let session = Arc::new(Session { vm: vm.clone(), cause: OnceLock::new(), events });
-    vm.start()?;
+    // From here on a signal ends the machine and no longer the process.
+    _ = signals.session.set(session.clone());
+    let terminal = if interactive { Terminal::take() } else { None };
+    match (vm.start(), session.cause.get()) {
+        // A signal was quicker.
+        (Ok(()), _) | (Err(_), Some(_)) => {}
+        (Err(error), None) => return Err(error.into()),
+    }
     if interactive && let Some(console) = vm.take_console() {
-        session.spawn("output", move |session| session.copy_output(console))?;
-        let input = vm.console_input();
+        let (copier, input) = (session.clone(), vm.console_input());
+        spawn("output", move || copier.copy_output(console))?;
+        let copier = session.clone();
         match terminal {
-            Some(_) => session.spawn("input", move |session| session.copy_keys(&input))?,
-            None => session.spawn("input", move |_| copy_input(input))?,
+            Some(_) => spawn("input", move || copier.copy_keys(&input))?,
+            None => spawn("input", move || copy_input(input))?,
         }
         if terminal.is_some() && !quiet && !rustix::termios::isatty(stdout()) {
             crate::cli::say("the terminal belongs to the guest; Ctrl-A x stops it, Ctrl-A h lists the keys");
         }
     }
-    session.spawn("signals", move |session| session.serve_signals(&signals))?;
 
     let reason = vm.wait();
     if interactive {
@@ -99,13 +123,12 @@ fn wait_until_flushed(finished: &Receiver<Event>) {
     }
 }
 
-impl Session {
-    fn spawn(self: &Arc<Self>, name: &str, work: impl FnOnce(&Self) + Send + 'static) -> anyhow::Result<()> {
-        let session = self.clone();
-        let thread = thread::Builder::new().name(name.into()).spawn(move || work(&session));
-        thread.map(drop).with_context(|| format!("cannot start the thread '{name}'"))
-    }
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+    let thread = thread::Builder::new().name(name.into()).spawn(work);
+    thread.map(drop).with_context(|| format!("cannot start the thread '{name}'"))
+}
 
+impl Session {
     /// Ends the guest at once. The first cause is the one that counts.
     fn end(&self, cause: Cause) {
         _ = self.cause.set(cause);
@@ -171,20 +194,21 @@ impl Session {
         // With standard error gone there is nobody to tell.
         _ = std::io::Write::write_all(&mut terminal::Stderr, text.as_bytes());
     }
+}
 
-    /// The thread that waits for signals.
-    fn serve_signals(&self, signals: &Signals) {
-        while let Ok(request) = signals.wait() {
-            match request {
-                Request::End(number) => self.end(Cause::Signal(number)),
-                Request::Stop => {
-                    terminal::restore();
-                    signals.stop_process();
-                    // Without a shell that could let it go on, the kernel does not stop it.
-                    terminal::make_raw();
-                }
-                Request::Continue => terminal::make_raw(),
+fn serve_signals(signals: &Signals, session: &OnceLock<Arc<Session>>) {
+    while let Ok(request) = signals.wait() {
+        match (request, session.get()) {
+            (Request::End(number), Some(session)) => session.end(Cause::Signal(number)),
+            // There is no machine yet, and so nothing to take down.
+            (Request::End(number), None) => signals.die(number),
+            (Request::Stop, _) => {
+                terminal::restore();
+                signals.stop_process();
+                // Without a shell that could let it go on, the kernel does not stop it.
+                terminal::make_raw();
             }
+            (Request::Continue, _) => terminal::make_raw(),
         }
     }
 }

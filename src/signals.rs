@@ -53,11 +53,20 @@ impl Signals {
 
     /// Stops this process as SIGTSTP does when nobody waits for it; returns when it goes on.
     pub fn stop_process(&self) {
-        let stop = set([libc::SIGTSTP].into_iter());
+        self.act_as_default(libc::SIGTSTP);
+    }
+
+    /// Ends this process as the signal with this number does when nobody waits for it.
+    pub fn die(&self, number: u8) {
+        self.act_as_default(number.into());
+    }
+
+    fn act_as_default(&self, signal: libc::c_int) {
+        let one = set([signal].into_iter());
         // SAFETY: a plain call. The signal is blocked, so it is pending until the next line.
-        unsafe { libc::raise(libc::SIGTSTP) };
-        change_mask(libc::SIG_UNBLOCK, &stop);
-        change_mask(libc::SIG_BLOCK, &stop);
+        unsafe { libc::raise(signal) };
+        change_mask(libc::SIG_UNBLOCK, &one);
+        change_mask(libc::SIG_BLOCK, &one);
     }
 }
 

@@ -9,16 +9,23 @@ use std::sync::{Mutex, MutexGuard, Once};
 use rustix::stdio::stdin;
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetpgrp, tcgetwinsize, tcsetattr};
 
-/// What the terminal was like before it became raw; `None` while it is not raw.
-static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
-
-fn before() -> MutexGuard<'static, Option<Termios>> {
-    BEFORE.lock().unwrap_or_else(|e| e.into_inner())
+/// The terminal at standard input.
+struct State {
+    /// A guest owns it: it may be made raw.
+    owned: bool,
+    /// What it was like before it became raw; `None` while it is not.
+    before: Option<Termios>,
 }
 
-/// Standard input as a terminal that a guest can own.
+static STATE: Mutex<State> = Mutex::new(State { owned: false, before: None });
+
+fn state() -> MutexGuard<'static, State> {
+    STATE.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// Standard input as a terminal that a guest owns.
 ///
-/// Dropping it restores the terminal, and so does a panic on any thread.
+/// Dropping it restores the terminal for good, and a panic on any thread restores it.
 pub struct Terminal(());
 
 impl Terminal {
@@ -35,6 +42,7 @@ impl Terminal {
                 next(info);
             }));
         });
+        state().owned = true;
         make_raw();
         Some(Self(()))
     }
@@ -42,6 +50,7 @@ impl Terminal {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
+        state().owned = false;
         restore();
     }
 }
@@ -57,10 +66,10 @@ pub fn in_foreground() -> Option<bool> {
     tcgetpgrp(stdin()).ok().map(|group| group == rustix::process::getpgrp())
 }
 
-/// Makes the terminal raw, unless it is already, or belongs to somebody else at the moment.
+/// Makes a guest's terminal raw, unless it is already, or belongs to another process at the moment.
 pub fn make_raw() {
-    let mut before = before();
-    if before.is_some() || in_foreground() != Some(true) {
+    let mut state = state();
+    if !state.owned || state.before.is_some() || in_foreground() != Some(true) {
         return;
     }
     let Ok(now) = tcgetattr(stdin()) else { return };
@@ -68,13 +77,13 @@ pub fn make_raw() {
     raw.make_raw();
     // A terminal that cannot be made raw still passes lines on.
     if tcsetattr(stdin(), OptionalActions::Now, &raw).is_ok() {
-        *before = Some(now);
+        state.before = Some(now);
     }
 }
 
-/// Gives the terminal back as it was. Does nothing if it is not raw.
+/// Gives the terminal back as it was, until the next [`make_raw`]. Does nothing if it is not raw.
 pub fn restore() {
-    if let Some(before) = before().take() {
+    if let Some(before) = state().before.take() {
         // It fails when the terminal is gone.
         _ = tcsetattr(stdin(), OptionalActions::Now, &before);
     }
@@ -85,8 +94,7 @@ pub struct Stderr;
 
 impl Write for Stderr {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let raw = before().is_some();
-        if !raw {
+        if state().before.is_none() {
             return io::stderr().write(data);
         }
         let mut lines = Vec::with_capacity(data.len() + 8);

@@ -55,12 +55,21 @@ pub fn main(start: Instant) -> ExitStatus {
             _ = error.print();
             return if error.use_stderr() { ExitStatus::Usage } else { ExitStatus::Success };
         }
-        Err(error) => Err(usage::sentence(&error).into()),
+        Err(error) => Err(usage::sentence(&error, &asked_for()).into()),
     };
     result.unwrap_or_else(|error| {
         say(&sentence(&error));
         status_of(&error)
     })
+}
+
+/// The command that was asked for, as far as there is one.
+fn asked_for() -> String {
+    let name = std::env::args_os().nth(1).unwrap_or_default();
+    match Cli::command().find_subcommand(&name) {
+        Some(_) => format!("vmm {}", name.display()),
+        None => "vmm".into(),
+    }
 }
 
 fn dispatch(command: Command, start: Instant) -> anyhow::Result<ExitStatus> {

@@ -27,8 +27,7 @@ use super::{logging, say};
 use crate::config_file;
 use crate::exit::{self, ExitStatus};
 use crate::images;
-use crate::session::{self, Cause, Ended};
-use crate::signals::Signals;
+use crate::session::{self, Cause, Ended, SignalThread};
 use crate::terminal::{self, Stderr};
 
 /// Boot a guest, attach the terminal, return when the guest stops
@@ -68,8 +67,7 @@ pub struct RunArgs {
     append: Option<String>,
 
     /// Number of vCPUs, 1 to 32 [default: 1]
-    #[arg(long, value_name = "N", help_heading = "Machine")]
-    #[arg(value_parser = clap::value_parser!(u8).range(1..=i64::from(MAX_CPUS)))]
+    #[arg(long, value_name = "N", help_heading = "Machine", value_parser = cpus)]
     cpus: Option<u8>,
 
     /// RAM, such as 256M or 2G [default: 256M]
@@ -135,6 +133,11 @@ static AFTER_LONG_HELP: std::sync::LazyLock<String> = std::sync::LazyLock::new(|
     )
 });
 
+fn cpus(text: &str) -> Result<u8, String> {
+    let number = text.parse().ok().filter(|number| (1..=MAX_CPUS).contains(number));
+    number.ok_or_else(|| format!("write a number from 1 to {MAX_CPUS}"))
+}
+
 fn boot_protocol() -> impl TypedValueParser<Value = BootProtocol> {
     PossibleValuesParser::new(["auto", "linux", "pvh"]).map(|name| match name.as_str() {
         "linux" => BootProtocol::Linux,
@@ -159,12 +162,11 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
         // A serial line does not tell its size. Linux hands this to init as environment, and ours acts on it.
         config::append_first(&mut config, &format!("COLUMNS={columns} LINES={lines}"));
     }
-    // Before any thread exists, so that none of them is interrupted by them.
-    let signals = Signals::block();
+    let signals = SignalThread::start()?;
     let vm = Arc::new(Vm::builder(config).console_when_full(WhenFull::Wait).build()?);
     // The machine has a descriptor of its own.
     drop(root);
-    let ended = session::run(&vm, interactive, args.quiet, signals)?;
+    let ended = session::run(&vm, interactive, args.quiet, &signals)?;
     let stopped = start.elapsed();
     if args.timings {
         print_timings(&vm, start, stopped);

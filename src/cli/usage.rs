@@ -4,8 +4,8 @@ use clap::error::{ContextKind, ContextValue, Error};
 
 use crate::exit::UsageError;
 
-/// `error` in one sentence, with the suggestion that the parser may have.
-pub fn sentence(error: &Error) -> UsageError {
+/// `error` in one sentence, with the suggestion that the parser may have. `command`: whose help tells more.
+pub fn sentence(error: &Error, command: &str) -> UsageError {
     // The first paragraph says what is wrong; tips and usage follow.
     let text = error.render().to_string();
     let paragraph = text.split("\n\n").next().unwrap_or_default();
@@ -16,17 +16,9 @@ pub fn sentence(error: &Error) -> UsageError {
     if let Some(similar) = suggestions.iter().find_map(|kind| error.get(*kind)).and_then(first) {
         sentence += &format!("; did you mean '{similar}'?");
     } else {
-        sentence += &format!("; see '{} --help'", command(error));
+        sentence += &format!("; see '{} --help'", command);
     }
     UsageError(sentence)
-}
-
-/// The command whose arguments are wrong, by its usage: `Usage: vmm run [OPTIONS]`.
-fn command(error: &Error) -> String {
-    let usage = error.get(ContextKind::Usage).map(ToString::to_string).unwrap_or_default();
-    let words = usage.split_whitespace().skip_while(|word| *word != "vmm");
-    let words: Vec<&str> = words.take_while(|word| word.bytes().all(|b| b.is_ascii_lowercase())).collect();
-    if words.is_empty() { "vmm".into() } else { words.join(" ") }
 }
 
 fn first(value: &ContextValue) -> Option<&str> {

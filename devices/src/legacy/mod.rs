@@ -90,13 +90,14 @@ mod tests {
     proptest! {
         #[test]
         fn accesses_of_any_width_anywhere_do_not_panic(
-            accesses in prop::collection::vec((0..10u64, prop::collection::vec(any::<u8>(), 0..9), any::<bool>()), 0..100),
+            accesses in prop::collection::vec((0..10u64, any::<bool>(), any::<[u8; 8]>(), 0..9usize), 0..100),
         ) {
             for device in all() {
-                for (offset, data, write) in &accesses {
+                for (offset, write, bytes, width) in &accesses {
+                    let mut data = bytes[..*width].to_vec();
                     match write {
-                        true => device.write(*offset, data),
-                        false => device.read(*offset, &mut vec![0; data.len()]),
+                        true => device.write(*offset, &data),
+                        false => device.read(*offset, &mut data),
                     }
                 }
             }

@@ -1,6 +1,6 @@
 //! The block device (virtio 1.3 §5.2) on a raw disk image or a block device of the host.
 //!
-//! A request goes through three steps: [`request`] reads it from its chain, [`file`] does it, and the device
+//! A request goes through three steps: `request` reads it from its chain, `file` does it, and the device
 //! completes it. Today the second step is synchronous; an engine that is not needs no change to the others.
 
 mod file;

@@ -1,5 +1,6 @@
 //! `vmm completion`: completion scripts for shells, made from the command line's own description.
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, CommandFactory};
 use clap_complete::Shell;
 
@@ -14,8 +15,16 @@ Examples:
   vmm completion fish > ~/.config/fish/completions/vmm.fish")]
 pub struct CompletionArgs {
     /// Which shell
-    #[arg(value_name = "SHELL", value_parser = clap::builder::EnumValueParser::<Shell>::new())]
+    #[arg(value_name = "SHELL", value_parser = shell())]
     shell: Shell,
+}
+
+fn shell() -> impl TypedValueParser<Value = Shell> {
+    PossibleValuesParser::new(["bash", "zsh", "fish"]).map(|name| match name.as_str() {
+        "zsh" => Shell::Zsh,
+        "fish" => Shell::Fish,
+        _ => Shell::Bash,
+    })
 }
 
 /// Runs the subcommand.

@@ -24,7 +24,11 @@ pub fn run(args: &ManArgs) -> anyhow::Result<ExitStatus> {
     let page = match &args.subcommand {
         None => command,
         Some(name) => {
-            let names: Vec<_> = command.get_subcommands().map(|c| c.get_name().to_owned()).collect();
+            let names: Vec<_> = command
+                .get_subcommands()
+                .map(|c| c.get_name().to_owned())
+                .filter(|name| name != "help")
+                .collect();
             let found = command.find_subcommand(name).cloned();
             let page = found.ok_or_else(|| {
                 UsageError(format!("there is no subcommand '{name}'; choose one of {}", names.join(", ")))

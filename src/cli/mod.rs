@@ -21,7 +21,7 @@ pub(crate) use run::root_disk;
 
 /// A minimal hypervisor: a VM as small, as fast and as pleasant as a container, with a kernel of its own.
 #[derive(Parser)]
-#[command(name = "vmm", version, max_term_width = 110, after_help = EXAMPLES, disable_help_subcommand = true)]
+#[command(name = "vmm", version, max_term_width = 110, after_help = EXAMPLES)]
 #[command(subcommand_required = true, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
@@ -92,11 +92,16 @@ fn status_of(error: &anyhow::Error) -> ExitStatus {
     }
 }
 
-/// An error and its causes, as far as it does not name them itself.
+/// An error and its causes, as far as it does not name them itself, without error numbers.
 fn sentence(error: &anyhow::Error) -> String {
-    error.chain().skip(1).fold(error.to_string(), |sentence, cause| {
+    let sentence = error.chain().skip(1).fold(error.to_string(), |sentence, cause| {
         let cause = cause.to_string();
         if sentence.contains(&cause) { sentence } else { format!("{sentence}: {cause}") }
+    });
+    let mut parts = sentence.split(" (os error ");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| {
+        text + part.trim_start_matches(|c: char| c.is_ascii_digit()).trim_start_matches(')')
     })
 }
 
@@ -134,6 +139,7 @@ mod tests {
         assert_eq!(told("cannot read"), format!("cannot read: {inner}"));
         let text: &'static str = format!("no: {inner}; do").leak();
         assert_eq!(told(text), text);
+        assert_eq!(told("no (os error 2); do (os error 13)").split(": ").next(), Some("no; do"));
     }
 
     #[test]

@@ -6,12 +6,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 
-use devices::legacy::boot::BootPort;
-use devices::legacy::cmos::Cmos;
-use devices::legacy::i8042::I8042;
-use devices::legacy::power::PowerRegisters;
-use devices::legacy::pvpanic::PvPanic;
-use devices::legacy::serial::SerialPort;
+use devices::legacy::boot::{self, BootPort};
+use devices::legacy::cmos::{self, Cmos};
+use devices::legacy::i8042::{self, I8042};
+use devices::legacy::power::{self, PowerRegisters};
+use devices::legacy::pvpanic::{self, PvPanic};
+use devices::legacy::serial::{self, SerialPort};
 use devices::model::{Identity, MachineEvents, OpenError, VirtioDevice};
 use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
 
@@ -101,10 +101,13 @@ impl VmBuilder {
         // All at once, as in a machine: a disk that is there twice cannot be locked twice.
         let _devices = config.devices.iter().map(|device| device.open()).collect::<Result<Vec<_>, _>>()?;
         let ram = GuestRam::new(config.memory.0)?;
-        if let Some(kernel) = &config.kernel {
-            let kernel = kernel::load(ram.memory(), kernel, config.boot_protocol)?;
-            let initrd = config.initrd.as_deref();
-            initrd.map(|path| kernel::load_initrd(ram.memory(), path, &kernel)).transpose()?;
+        let kernel = config.kernel.as_deref();
+        let kernel = kernel.map(|path| kernel::load(ram.memory(), path, config.boot_protocol)).transpose()?;
+        match (&config.initrd, &kernel) {
+            (Some(path), Some(kernel)) => kernel::load_initrd(ram.memory(), path, kernel).map(drop)?,
+            // Where it would go is the kernel's choice.
+            (Some(path), None) => kernel::open_initrd(path).map(drop)?,
+            (None, _) => {}
         }
         Ok(())
     }
@@ -196,20 +199,20 @@ impl Parts {
             Box::new(move || input.pump())
         };
         let events: Arc<dyn MachineEvents> = self.inbox.clone();
-        let line = self.vm.irq_line(layout::COM1_IRQ)?;
+        let line = self.vm.irq_line(serial::IRQ)?;
         let serial = Arc::new(SerialPort::new(line, events.clone(), output, pump));
         input.connect(&serial);
         let pio = &mut self.buses.pio;
-        pio.insert(layout::COM1_PORT.into(), layout::COM1_LEN.into(), serial)?;
+        pio.insert(serial::PORT.into(), serial::PORTS.into(), serial)?;
         let i8042 = Arc::new(I8042::new(events.clone()));
-        pio.insert(layout::I8042_PORT.into(), layout::I8042_LEN.into(), i8042)?;
-        pio.insert(layout::CMOS_PORT.into(), layout::CMOS_LEN.into(), Arc::new(Cmos::new()))?;
+        pio.insert(i8042::PORT.into(), i8042::PORTS.into(), i8042)?;
+        pio.insert(cmos::PORT.into(), cmos::PORTS.into(), Arc::new(Cmos::new()))?;
         let pvpanic = Arc::new(PvPanic::new(events.clone()));
-        pio.insert(layout::PVPANIC_PORT.into(), 1, pvpanic)?;
+        pio.insert(pvpanic::PORT.into(), pvpanic::PORTS.into(), pvpanic)?;
         let power = Arc::new(PowerRegisters::new(events.clone()));
-        pio.insert(layout::POWER_PORT.into(), layout::POWER_LEN.into(), power)?;
+        pio.insert(layout::POWER_PORT.into(), power::SIZE, power)?;
         let boot = Arc::new(BootPort::new(events));
-        pio.insert(layout::BOOT_PORT.into(), layout::BOOT_LEN.into(), boot)?;
+        pio.insert(boot::PORT.into(), boot::PORTS.into(), boot)?;
         Ok(input)
     }
 

@@ -266,18 +266,7 @@ pub struct Initrd {
 pub fn load_initrd(mem: &GuestMemory, path: &Path, kernel: &Kernel) -> Result<Initrd, KernelError> {
     /// Where initrds end for kernels that do not say (the boot protocol's value for old ones).
     const ADDR_MAX: u64 = 0x37ff_ffff;
-    let mut file = open(path, "initrd", "--initrd")?;
-    let fail = |e: io::Error| KernelError::Open {
-        what: "initrd",
-        path: path.into(),
-        reason: e.to_string(),
-        flag: "--initrd",
-    };
-    let len = file.seek(SeekFrom::End(0)).map_err(fail)?;
-    file.rewind().map_err(fail)?;
-    if len == 0 {
-        return Err(fail(io::Error::other("the file is empty")));
-    }
+    let (mut file, len) = open_initrd(path)?;
     let max = kernel.setup_header.map_or(ADDR_MAX, |h| { h.initrd_addr_max }.into());
     let end = low_ram_end(mem).min(max.saturating_add(1));
     let addr = end.checked_sub(len).map(|addr| addr & !0xfff).filter(|&addr| addr >= kernel.end);
@@ -285,8 +274,22 @@ pub fn load_initrd(mem: &GuestMemory, path: &Path, kernel: &Kernel) -> Result<In
         return Err(KernelError::TooLarge { what: "initrd", path: path.into(), mib: ram_mib(mem) });
     };
     mem.read_exact_volatile_from(GuestAddress(addr), &mut file, len as usize)
-        .map_err(|e| fail(io::Error::other(e)))?;
+        .map_err(|e| initrd_error(path, e.to_string()))?;
     Ok(Initrd { addr, len })
+}
+
+/// Opens the initrd at `path`; also returns its length in bytes.
+pub(crate) fn open_initrd(path: &Path) -> Result<(File, u64), KernelError> {
+    let mut file = open(path, "initrd", "--initrd")?;
+    let len = file.seek(SeekFrom::End(0)).and_then(|len| file.rewind().map(|()| len));
+    match len.map_err(|e| initrd_error(path, e.to_string()))? {
+        0 => Err(initrd_error(path, "the file is empty".into())),
+        len => Ok((file, len)),
+    }
+}
+
+fn initrd_error(path: &Path, reason: String) -> KernelError {
+    KernelError::Open { what: "initrd", path: path.into(), reason, flag: "--initrd" }
 }
 
 const E820_RAM: u32 = 1;

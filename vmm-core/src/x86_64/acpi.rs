@@ -8,17 +8,13 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
+use devices::legacy::{cmos, power, pvpanic, serial};
 
 use super::{MmioSlot, layout};
 
 const OEM_ID: [u8; 6] = *b"VMM   ";
 const OEM_TABLE_ID: [u8; 8] = *b"MICROVM ";
 const OEM_REVISION: u32 = 1;
-
-/// SLP_TYP of the soft-off state S5, as the sleep register takes it.
-pub const S5_SLEEP_TYPE: u8 = 5;
-/// Value that resets the machine when it is written to the reset register.
-pub const RESET_VALUE: u8 = 1;
 
 /// IAPC_BOOT_ARCH: there is no VGA, and no legacy device beyond what the DSDT lists.
 const BOOT_ARCH_VGA_NOT_PRESENT: u16 = 1 << 2;
@@ -55,8 +51,8 @@ impl Tables {
     }
 }
 
-fn register(offset: u16) -> GAS {
-    let port = u64::from(layout::POWER_PORT + offset);
+fn register(offset: u64) -> GAS {
+    let port = u64::from(layout::POWER_PORT) + offset;
     GAS::new(AddressSpace::SystemIo, 8, 0, AccessSize::ByteAccess, port)
 }
 
@@ -69,10 +65,10 @@ fn fadt(dsdt: u64) -> impl Aml {
         .flag(Flags::SlpButton)
         .flag(Flags::Headless);
     fadt.iapc_boot_arch = BOOT_ARCH_VGA_NOT_PRESENT.into();
-    fadt.sleep_control_reg = register(0);
-    fadt.sleep_status_reg = register(1);
-    fadt.reset_reg = register(2);
-    fadt.reset_value = RESET_VALUE;
+    fadt.sleep_control_reg = register(power::SLEEP_CONTROL);
+    fadt.sleep_status_reg = register(power::SLEEP_STATUS);
+    fadt.reset_reg = register(power::RESET);
+    fadt.reset_value = power::RESET_VALUE;
     fadt.finalize()
 }
 
@@ -95,7 +91,7 @@ fn dsdt(slots: &[MmioSlot]) -> Sdt {
     for (i, slot) in slots.iter().enumerate() {
         virtio_mmio(&mut dsdt, i, slot);
     }
-    let types = aml::Package::new(vec![&S5_SLEEP_TYPE]);
+    let types = aml::Package::new(vec![&power::S5]);
     aml::Name::new("_S5_".into(), &types).to_aml_bytes(&mut dsdt);
     dsdt.update_checksum();
     dsdt
@@ -105,8 +101,8 @@ fn edge_interrupt(irq: u32) -> aml::Interrupt {
     aml::Interrupt::new(true, true, false, false, irq)
 }
 
-fn io(port: u16, len: u8) -> aml::IO {
-    aml::IO::new(port, port, 1, len)
+fn io(port: u16, ports: u16) -> aml::IO {
+    aml::IO::new(port, port, 1, ports as u8)
 }
 
 fn com1(dsdt: &mut Sdt) {
@@ -118,8 +114,8 @@ fn com1(dsdt: &mut Sdt) {
             &aml::Name::new(
                 "_CRS".into(),
                 &aml::ResourceTemplate::new(vec![
-                    &edge_interrupt(layout::COM1_IRQ),
-                    &io(layout::COM1_PORT, layout::COM1_LEN),
+                    &edge_interrupt(serial::IRQ),
+                    &io(serial::PORT, serial::PORTS),
                 ]),
             ),
         ],
@@ -132,10 +128,7 @@ fn rtc(dsdt: &mut Sdt) {
         "_SB_.RTC_".into(),
         vec![
             &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0B00")),
-            &aml::Name::new(
-                "_CRS".into(),
-                &aml::ResourceTemplate::new(vec![&io(layout::CMOS_PORT, layout::CMOS_LEN)]),
-            ),
+            &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(vec![&io(cmos::PORT, cmos::PORTS)])),
         ],
     )
     .to_aml_bytes(dsdt);
@@ -148,7 +141,10 @@ fn pvpanic(dsdt: &mut Sdt) {
         vec![
             &aml::Name::new("_HID".into(), &"QEMU0001"),
             &aml::Name::new("_STA".into(), &PRESENT),
-            &aml::Name::new("_CRS".into(), &aml::ResourceTemplate::new(vec![&io(layout::PVPANIC_PORT, 1)])),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![&io(pvpanic::PORT, pvpanic::PORTS)]),
+            ),
         ],
     )
     .to_aml_bytes(dsdt);

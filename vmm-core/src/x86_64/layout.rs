@@ -53,30 +53,9 @@ pub const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Three pages for KVM's own use on Intel hosts without unrestricted guests.
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
-/// COM1.
-pub const COM1_PORT: u16 = 0x3f8;
-/// Ports of a 16550.
-pub const COM1_LEN: u8 = 8;
-/// COM1's interrupt.
-pub const COM1_IRQ: u32 = 4;
-/// CMOS and RTC.
-pub const CMOS_PORT: u16 = 0x70;
-/// Index and data port.
-pub const CMOS_LEN: u8 = 2;
-/// Keyboard controller.
-pub const I8042_PORT: u16 = 0x60;
-/// Data port to command port.
-pub const I8042_LEN: u8 = 5;
-/// pvpanic.
-pub const PVPANIC_PORT: u16 = 0x505;
-/// ACPI sleep control, sleep status and reset register.
+/// ACPI sleep control, sleep status and reset register; the ports of the other legacy devices are those of a PC and
+/// stand with each device.
 pub const POWER_PORT: u16 = 0x600;
-/// Three registers of one byte.
-pub const POWER_LEN: u8 = 3;
-/// The guest's init reports here that user space runs, and the exit status of its command one port higher.
-pub const BOOT_PORT: u16 = 0x610;
-/// Two ports.
-pub const BOOT_LEN: u8 = 2;
 
 /// Interrupt of the ACPI generic event device, which carries the power button.
 pub const GED_IRQ: u32 = 9;

@@ -17,6 +17,8 @@ use crate::{say, sys};
 
 /// The kernel passes at most 32 arguments and 32 variables (CONFIG_INIT_ENV_ARG_LIMIT) and panics on more.
 const LIMIT: usize = 64;
+/// Signal 22, as a set.
+const SIGTTOU: u64 = 1 << 21;
 const SHELL: [*const u8; 2] = [c"/bin/sh".as_ptr().cast(), c"-l".as_ptr().cast()];
 const SEARCH_PATH: [&CStr; 6] =
     [c"/usr/local/sbin/", c"/usr/local/bin/", c"/usr/sbin/", c"/usr/bin/", c"/sbin/", c"/bin/"];
@@ -63,6 +65,9 @@ pub fn spawn<'a>(
     signals: Signals,
 ) -> Result<Pid, Errno> {
     let _ = setsid();
+    // Process 1 stays in the background of its own session, where this signal keeps a process from waiting for
+    // its output, and a child from taking the foreground.
+    sys::block_signals(SIGTTOU);
     let console = open_console();
     if let Some(console) = &console {
         let _ = ioctl_tiocsctty(console);
@@ -77,6 +82,7 @@ pub fn spawn<'a>(
             let _ = standard(&console);
         }
     }
+    sys::unblock_signals(SIGTTOU);
     signals.unblock();
     // An image without /root: stay in /.
     let _ = chdir(c"/root");
@@ -85,12 +91,8 @@ pub fn spawn<'a>(
 
 /// Makes this process a process group of its own, which gets what is typed on the console, Ctrl-C included.
 fn take_foreground(console: &OwnedFd) {
-    // Until it has the foreground, a process that asks for it is stopped by this signal.
-    const SIGTTOU: u64 = 1 << 21;
-    sys::block_signals(SIGTTOU);
     let _ = setpgid(None, None);
     let _ = tcsetpgrp(console, getpid());
-    sys::unblock_signals(SIGTTOU);
 }
 
 /// The child's last act: becomes the program, or says why not and ends as a shell would.

@@ -2,11 +2,22 @@
 //! `cargo run -p guest-images --example images -- [host|standard|ring3|demo]...`
 
 use std::error::Error;
+use std::process::ExitCode;
 
 use guest_images::kernel::{self, Flavour};
 use guest_images::{progress::Console, rootfs};
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
+    match build() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("images: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn build() -> Result<(), Box<dyn Error>> {
     let mut progress = Console::new();
     for name in std::env::args().skip(1) {
         let flavour = match name.as_str() {

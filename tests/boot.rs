@@ -38,7 +38,7 @@ fn an_initrd_is_a_root_file_system() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let initrd = dir.path().join("initrd");
     std::fs::write(&initrd, harness::initramfs()?)?;
-    let run = Guest::new().initrd(&initrd).shell("ls /; grep -c vda /proc/partitions").run()?;
+    let run = Guest::new().initrd(&initrd).shell("ls -1 /; grep -c vda /proc/partitions").run()?;
     run.ok()?.expect_line("init")?.expect_line("0")?;
     Ok(())
 }

@@ -13,7 +13,7 @@ fn ping_works_both_ways() -> Result<()> {
     let mut guest =
         Guest::new().net(&net).shell("ping -c 3 -W 5 10.77.0.1 && echo pinged; read x").start()?;
     guest.expect("pinged")?;
-    let answer = net.shell("ping -c 3 -W 5 10.77.0.2")?;
+    let answer = net.shell("busybox ping -c 3 -W 5 10.77.0.2")?;
     assert!(answer.contains(" 0% packet loss"), "{answer}");
     guest.send("\n")?;
     guest.wait()?.ok()?;

@@ -288,7 +288,9 @@ impl Parts {
             .map(|id| {
                 let mut vcpu = self.vm.create_vcpu(id)?;
                 let entry = (id == 0).then_some(&kernel.entry);
-                cpu::setup(&mut *vcpu, &cpuid::for_vcpu(&supported, id, config.cpus), entry)?;
+                let cpuid = cpuid::for_vcpu(&supported, id, config.cpus)
+                    .map_err(|_| HvError::call("KVM_SET_CPUID2", libc::E2BIG))?;
+                cpu::setup(&mut *vcpu, &cpuid, entry)?;
                 Ok(vcpu)
             })
             .collect()

@@ -3,7 +3,8 @@
 //! Leaf numbers and fields: SDM vol. 2, CPUID; AMD64 APM vol. 3, appendix E. Every field that names an APIC ID
 //! or counts processors is written here, so nothing of the host's topology is left in.
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use vmm_sys_util::fam;
 
 const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
@@ -11,17 +12,20 @@ const LEAF1_EDX_HTT: u32 = 1 << 28;
 /// Legacy multi-core bit of AMD (Fn8000_0001 ECX CmpLegacy).
 const AMD_CMP_LEGACY: u32 = 1 << 1;
 
+/// Leaves that tell how an APIC ID is made up, one subleaf a level.
+const TOPOLOGY_LEAVES: [u32; 3] = [0xb, 0x1f, 0x8000_0026];
+
 /// The leaves for the vCPU with APIC ID `id` in a machine of one package with `cpus` cores of one thread.
-pub fn for_vcpu(supported: &CpuId, id: u8, cpus: u8) -> CpuId {
-    let mut cpuid = supported.clone();
+pub fn for_vcpu(supported: &CpuId, id: u8, cpus: u8) -> Result<CpuId, fam::Error> {
     let (id, cpus) = (u32::from(id), u32::from(cpus));
     // Bits that tell cores apart in an APIC ID.
     let core_bits = cpus.next_power_of_two().trailing_zeros();
-    for entry in cpuid.as_mut_slice() {
+    let (topology, mut entries): (Vec<_>, Vec<_>) =
+        supported.as_slice().iter().copied().partition(|entry| TOPOLOGY_LEAVES.contains(&entry.function));
+    for entry in &mut entries {
         match entry.function {
             0x1 => feature_leaf(entry, id, cpus),
             0x4 => cache_leaf(entry, core_bits),
-            0xb | 0x1f | 0x8000_0026 => topology_leaf(entry, id, cpus, core_bits),
             0x8000_0001 => {
                 entry.ecx &= !AMD_CMP_LEGACY;
                 entry.ecx |= if cpus > 1 { AMD_CMP_LEGACY } else { 0 };
@@ -34,7 +38,13 @@ pub fn for_vcpu(supported: &CpuId, id: u8, cpus: u8) -> CpuId {
             _ => {}
         }
     }
-    cpuid
+    // KVM names only the first level of these, and of that the host's: a machine of several packages.
+    for leaf in TOPOLOGY_LEAVES {
+        if topology.iter().any(|entry| entry.function == leaf) {
+            entries.extend(topology_leaves(leaf, id, cpus, core_bits));
+        }
+    }
+    CpuId::from_entries(&entries)
 }
 
 fn feature_leaf(entry: &mut kvm_cpuid_entry2, id: u32, cpus: u32) {
@@ -64,17 +74,22 @@ fn amd_cache_leaf(entry: &mut kvm_cpuid_entry2, cpus: u32) {
     entry.eax = (entry.eax & !(0xfff << 14)) | sharing << 14;
 }
 
-/// The extended topology leaves: level 0 threads, level 1 cores. AMD's numbers its types alike (core, complex),
-/// and with one thread a core and one complex the levels mean the same.
-fn topology_leaf(entry: &mut kvm_cpuid_entry2, id: u32, cpus: u32, core_bits: u32) {
-    const THREAD: u32 = 1;
-    const CORE: u32 = 2;
-    (entry.eax, entry.ebx, entry.ecx) = match entry.index {
-        0 => (0, 1, THREAD << 8),
-        1 => (core_bits, cpus, 1 | CORE << 8),
-        level => (0, 0, level & 0xff),
+/// The levels of an extended topology leaf: threads, cores, none. AMD's numbers its types alike (core, complex), and
+/// with one thread a core and one complex the levels mean the same.
+fn topology_leaves(function: u32, id: u32, cpus: u32, core_bits: u32) -> [kvm_cpuid_entry2; 3] {
+    const THREAD: u32 = 1 << 8;
+    const CORE: u32 = 2 << 8;
+    let level = |index: u32, (eax, ebx, kind): (u32, u32, u32)| kvm_cpuid_entry2 {
+        function,
+        index,
+        flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+        eax,
+        ebx,
+        ecx: kind | index,
+        edx: id,
+        ..Default::default()
     };
-    entry.edx = id;
+    [level(0, (0, 1, THREAD)), level(1, (core_bits, cpus, CORE)), level(2, (0, 0, 0))]
 }
 
 #[cfg(test)]
@@ -96,7 +111,6 @@ mod tests {
             entry(0x1, 0, 0, 0x2540_0800, 0, LEAF1_EDX_HTT),
             entry(0x4, 3, 0xfc1f_c163, 0, 0, 0),
             entry(0xb, 0, 1, 2, 0x100, 37),
-            entry(0xb, 1, 6, 64, 0x201, 37),
             entry(0x8000_0008, 0, 0x3030, 0, 0x603f, 0),
             entry(0x8000_001d, 3, 0x7fc163, 0, 0, 0),
             entry(0x8000_001e, 0, 37, 0x112, 0x305, 0),
@@ -114,7 +128,7 @@ mod tests {
     fn every_vcpu_has_its_own_id_and_the_machines_topology() {
         for (cpus, bits) in [(1u8, 0u32), (2, 1), (3, 2), (4, 2), (32, 5)] {
             for id in 0..cpus {
-                let cpuid = for_vcpu(&host(), id, cpus);
+                let cpuid = for_vcpu(&host(), id, cpus).unwrap();
                 let one = leaf(&cpuid, 1, 0);
                 assert_eq!(one.ebx >> 24, u32::from(id));
                 assert_eq!(one.ebx >> 16 & 0xff, 1 << bits);

@@ -262,13 +262,12 @@ impl Parts {
         slots: &[MmioSlot],
     ) -> Result<(), BuildError> {
         let mem = self.ram.memory();
-        // There is no PCI here; a kernel that looks for it makes some 250 exits to find that out.
-        let mut machine = vec!["pci=off".to_owned()];
-        if !kernel.finds_virtio_by_acpi {
-            let device =
-                |slot: &MmioSlot| format!("virtio_mmio.device={}@{:#x}:{}", slot.len, slot.addr, slot.irq);
-            machine.extend(slots.iter().map(device));
-        }
+        let device =
+            |slot: &MmioSlot| format!("virtio_mmio.device={}@{:#x}:{}", slot.len, slot.addr, slot.irq);
+        let machine: Vec<String> = match kernel.finds_virtio_by_acpi {
+            true => Vec::new(),
+            false => slots.iter().map(device).collect(),
+        };
         let cmdline = config.kernel_command_line(&machine)?;
         kernel::write_parameters(mem, kernel, initrd, &cmdline)?;
         kernel::write_table(mem, layout::MP_TABLE, &mptable::build(config.cpus))?;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args};
-use vmm_core::config::{BootProtocol, SerialConfig};
+use vmm_core::config::{BootProtocol, ConfigError, SerialConfig};
 use vmm_core::console::WhenFull;
 use vmm_core::devices::size::ByteSize;
 use vmm_core::devices::virtio::block;
@@ -153,6 +153,10 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     let mut config = config::merge(args, file)?;
     if args.dry_run {
         return dry_run(config);
+    }
+    match config.validate() {
+        Ok(()) | Err(ConfigError::NoKernel) => {}
+        Err(error) => return Err(error.into()),
     }
     images::provide_kernel(&mut config, args.quiet)?;
     let own_root = !args.no_rootfs && images::wants_root(&config);

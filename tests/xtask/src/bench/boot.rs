@@ -49,9 +49,9 @@ fn phases(subject: &Subject, runs: usize) -> Result<Vec<String>> {
     for _ in 0..runs {
         let output = subject.command().arg("--timings").stderr(std::process::Stdio::piped()).output()?;
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        // Lines of the form `NAME  MILLISECONDS ms`.
+        // Lines of the form `MILLISECONDS ms  NAME`.
         let lines = text.lines().filter_map(|line| {
-            let (name, time) = line.trim().strip_suffix(" ms")?.rsplit_once("  ")?;
+            let (time, name) = line.trim().split_once(" ms  ")?;
             Some((name.trim().to_owned(), (time.trim().parse::<f64>().ok()? * 1e3) as u64))
         });
         for (name, micros) in lines {

@@ -23,19 +23,26 @@ pub struct Subject {
     pub name: String,
     /// Program and arguments.
     pub argv: Vec<String>,
+    /// Exit status of a good run.
+    status: i32,
 }
 
 impl Subject {
     /// A program with arguments separated by white space, after those of `program`.
     pub fn new(name: &str, program: &str, arguments: &str) -> Self {
         let argv = [program].into_iter().chain(arguments.split_whitespace()).map(str::to_owned).collect();
-        Self { name: name.into(), argv }
+        Self { name: name.into(), argv, status: 0 }
     }
 
     /// One more argument, as it is.
     pub fn arg(mut self, argument: impl Into<String>) -> Self {
         self.argv.push(argument.into());
         self
+    }
+
+    /// The exit status of a good run is not 0 but this.
+    pub fn ending_with(self, status: i32) -> Self {
+        Self { status, ..self }
     }
 
     /// Not started yet; standard streams lead nowhere.
@@ -54,7 +61,7 @@ impl Subject {
         // call fills in.
         let pid = unsafe { libc::wait4(child.id() as i32, &mut status, 0, usage.as_mut_ptr()) };
         let wall = began.elapsed();
-        if pid < 0 || status != 0 {
+        if pid < 0 || !libc::WIFEXITED(status) || libc::WEXITSTATUS(status) != self.status {
             bail!("{} ended with wait status {status:#x}: {}", self.name, self.argv.join(" "));
         }
         // SAFETY: zeroes are valid, and wait4 has filled it in.

@@ -8,8 +8,7 @@ use super::measure::Subject;
 /// Machine options that leave out every device which the benchmarks do not use.
 const MACHINE: &str = "-M microvm,x-option-roms=off,rtc=off,isa-serial=";
 /// QEMU 7.2 fails to set IA32_ARCH_CAPABILITIES on a KVM without hardware behind it, so it is left out.
-const COMMON: &str =
-    "-accel kvm -cpu host,-arch-capabilities -smp 1 -m 128 -no-user-config -nodefaults -no-reboot -display none";
+const COMMON: &str = "-accel kvm -cpu host,-arch-capabilities -smp 1 -m 128 -no-user-config -nodefaults -no-reboot -display none";
 
 /// QEMU with `arguments`; `serial` says whether there is a serial port, whose output leads nowhere.
 pub fn microvm(name: &str, serial: bool, machine: &str, arguments: &str) -> Result<Subject> {

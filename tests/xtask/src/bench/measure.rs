@@ -24,7 +24,7 @@ pub struct Subject {
     /// Program and arguments.
     pub argv: Vec<String>,
     /// Exit status of a good run.
-    status: i32,
+    pub status: i32,
 }
 
 impl Subject {

@@ -310,8 +310,8 @@ impl Vcpu for KvmVcpu {
                 return Err(HvError::Call { call: "KVM_SET_SIGNAL_MASK", source });
             }
         }
-        // SAFETY: a plain system call.
-        Ok(Arc::new(SignalKick { tid: unsafe { libc::gettid() } }))
+        // Not libc's: the standard library refers to that weakly, and with LTO a static program then has none.
+        Ok(Arc::new(SignalKick { tid: rustix::thread::gettid().as_raw_pid() }))
     }
 
     fn set_cpuid(&mut self, cpuid: &CpuId) -> Result<(), HvError> {

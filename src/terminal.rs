@@ -193,4 +193,34 @@ mod tests {
             }
         }
     }
+
+    /// Set for the run of this test that panics, on a terminal of its own.
+    const PANICS: &str = "VMM_TEST_PANICS";
+
+    #[test]
+    fn a_panic_restores_the_terminal() {
+        use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+        use rustix::termios::LocalModes;
+        use std::process::{Command, Stdio};
+
+        let is_raw = |modes: LocalModes| !modes.intersects(LocalModes::ICANON | LocalModes::ECHO);
+        if std::env::var_os(PANICS).is_some() {
+            // Forgotten, so that only the hook is left to restore it.
+            std::mem::forget(Terminal::take().expect("a terminal"));
+            assert!(!is_raw(tcgetattr(stdin()).unwrap().local_modes), "it is raw, and this panics");
+            return;
+        }
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY;
+        let master = openpt(flags).unwrap();
+        grantpt(&master).unwrap();
+        unlockpt(&master).unwrap();
+        let slave = ioctl_tiocgptpeer(&master, flags).unwrap();
+        let mut command = Command::new("setsid");
+        command.args(["--ctty", "--wait"]).arg(std::env::current_exe().unwrap());
+        command.args(["--exact", "terminal::tests::a_panic_restores_the_terminal"]).env(PANICS, "1");
+        let output = command.stdin(Stdio::from(slave.try_clone().unwrap())).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(!output.status.success() && said.contains("it is raw, and this panics"), "{output:?}");
+        assert!(!is_raw(tcgetattr(&slave).unwrap().local_modes));
+    }
 }

@@ -88,7 +88,7 @@ pub struct RunArgs {
     /// The machine's configuration as JSON or TOML; flags win over it
     ///
     /// The keys are those that --dry-run prints. Paths are relative to the current directory. A file that has
-    /// `devices` lists all of them; device flags add to the list.
+    /// `devices` lists all of them, but for this project's own root file system; device flags add to the list.
     #[arg(long, value_name = "FILE", help_heading = "Command")]
     config: Option<PathBuf>,
 
@@ -121,7 +121,7 @@ Examples:
   vmm run -- uname -a                              one command in a guest of its own
   vmm run --kernel vmlinux --rootfs disk.img,ro    your kernel, your root file system
   vmm run --cpus 4 --memory 2G --disk data.img --net tap=tap0
-  echo 'uname -a' | vmm run                        a script on the guest's console
+  echo 'uname -a; exit' | vmm run                  keys from a pipe; its end does not end the guest
   vmm run --memory 1G --dry-run > guest.json       write a configuration down
   vmm run --config guest.json                      and use it";
 

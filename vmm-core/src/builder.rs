@@ -8,6 +8,7 @@ use std::sync::mpsc::{self, Sender};
 
 use devices::legacy::boot::{self, BootPort};
 use devices::legacy::cmos::{self, Cmos};
+use devices::legacy::host_bridge::{self, HostBridge};
 use devices::legacy::i8042::{self, I8042};
 use devices::legacy::power::{self, PowerRegisters};
 use devices::legacy::pvpanic::{self, PvPanic};
@@ -204,6 +205,7 @@ impl Parts {
         input.connect(&serial);
         let pio = &mut self.buses.pio;
         pio.insert(serial::PORT.into(), serial::PORTS.into(), serial)?;
+        pio.insert(host_bridge::PORT.into(), host_bridge::PORTS.into(), Arc::new(HostBridge::new()))?;
         let i8042 = Arc::new(I8042::new(events.clone()));
         pio.insert(i8042::PORT.into(), i8042::PORTS.into(), i8042)?;
         pio.insert(cmos::PORT.into(), cmos::PORTS.into(), Arc::new(Cmos::new()))?;

@@ -5,6 +5,7 @@
 
 pub mod boot;
 pub mod cmos;
+pub mod host_bridge;
 pub mod i8042;
 pub mod power;
 pub mod pvpanic;

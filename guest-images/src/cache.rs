@@ -104,8 +104,11 @@ impl Shelf {
         File::open(built)
             .and_then(|file| rustix::fs::syncfs(&file).map_err(io::Error::from))
             .map_err(unusable)?;
-        fs::rename(built, &target).map_err(unusable)?;
-        Ok(target)
+        match fs::rename(built, &target) {
+            // Somebody has put it there by hand meanwhile: the same recipe, so the same thing.
+            Err(_) if target.exists() => Ok(target),
+            result => result.map(|()| target.clone()).map_err(unusable),
+        }
     }
 }
 
@@ -145,5 +148,9 @@ mod tests {
         let names: Vec<_> =
             fs::read_dir(&shelf.path).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names.len(), 2, "the entry and its lock: {names:?}");
+
+        let again = shelf.workspace("one", &lock).unwrap();
+        fs::create_dir(again.path().join("out")).unwrap();
+        assert_eq!(shelf.publish(&again.path().join("out"), "one", &lock).unwrap(), entry);
     }
 }

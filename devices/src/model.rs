@@ -260,8 +260,11 @@ pub enum MachineEvent {
     Reset,
     /// The guest asked to be switched off (ACPI sleep register, S5).
     PowerOff,
-    /// The guest's kernel panicked (pvpanic, or its last words on the console).
+    /// The guest's kernel panicked (pvpanic).
     Panicked,
+    /// The console carried a kernel's last words; only a reset soon after makes a panic of it, since every
+    /// program that may write to the console can say them.
+    LastWords,
     /// The guest's init runs (a write to the boot port).
     UserSpaceReached,
     /// The guest's init reports the exit status of its command.

@@ -44,8 +44,8 @@ struct Uart {
 
 impl SerialPort {
     /// A port that raises `irq` and writes what the guest sends to `output`. `input_wanted` is called, with no
-    /// lock held, when input that [`Self::input`] did not take can be offered again. `events` hears when a
-    /// kernel panics.
+    /// lock held, when input that [`Self::input`] did not take can be offered again. `events` hears of a
+    /// kernel's last words.
     pub fn new(
         irq: Arc<dyn IrqLine>,
         events: Arc<dyn MachineEvents>,
@@ -139,14 +139,15 @@ impl Trigger for Line {
 /// in a stream simple.
 const LAST_WORDS: &[u8] = b"Kernel panic - not syncing";
 
-/// Passes output on, and raises [`MachineEvent::Panicked`] once, when a line with a kernel's last words ends.
+/// Passes output on, and raises [`MachineEvent::LastWords`] whenever a line with a kernel's last words ends.
 ///
 /// Kernels without a pvpanic driver have no other way to tell a panic from a reboot. A program in the guest
-/// can print the same words: all it achieves is a lie about its own VM.
+/// can print the same words, so they are no panic yet; and they count each time, or a program that says them
+/// first would hide a panic that comes later.
 struct PanicWatch<W> {
     output: W,
     events: Arc<dyn MachineEvents>,
-    /// How much of [`LAST_WORDS`] was seen; one more than all of it once the event is raised.
+    /// How much of [`LAST_WORDS`] was seen.
     matched: usize,
 }
 
@@ -157,10 +158,10 @@ impl<W> PanicWatch<W> {
                 _ if byte == LAST_WORDS[self.matched] => self.matched + 1,
                 _ => usize::from(byte == LAST_WORDS[0]),
             };
-        } else if self.matched == LAST_WORDS.len() && byte == b'\n' {
+        } else if byte == b'\n' {
             // Not before the end of the line: whoever hears of it may stop the guest, and the reason is there.
-            self.matched += 1;
-            self.events.raise(MachineEvent::Panicked);
+            self.matched = 0;
+            self.events.raise(MachineEvent::LastWords);
         }
     }
 }

@@ -56,6 +56,76 @@ fn the_kernels_last_words_count_as_a_panic() {
 }
 
 #[test]
+fn a_program_that_prints_the_last_words_does_not_end_its_machine() {
+    let words = b"Kernel panic - not syncing: just a log\n";
+    let mut script: Vec<Step> = words.iter().map(|&byte| out(0x3f8, byte)).collect();
+    script.push(out(0x600, 5 << 2 | 1 << 5));
+    assert_eq!(ended(script), StopReason::GuestPowerOff);
+}
+
+#[test]
+fn a_machine_whose_console_nobody_reads_can_be_paused_and_stopped() {
+    let script = vec![Step::Out(0x3f8, vec![b'x'; 1]); 300 << 10];
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    Micro::new().reset().write(&kernel).unwrap();
+    let config = VmConfig { kernel: Some(kernel), ..VmConfig::default() };
+    let hypervisor = FakeHypervisor::new(script);
+    let builder = Vm::builder(config).hypervisor(Box::new(hypervisor.clone()));
+    let vm = builder.console_when_full(vmm_core::console::WhenFull::Wait).build().unwrap();
+    vm.start().unwrap();
+    while hypervisor.steps_done() < 256 << 10 {
+        assert!(vm.wait_timeout(Duration::from_millis(5)).is_none());
+    }
+    vm.pause().unwrap();
+    vm.resume().unwrap();
+    assert!(hypervisor.steps_done() < 300 << 10, "the guest waits for a reader");
+    vm.stop();
+    assert_eq!(vm.wait(), StopReason::Requested);
+}
+
+#[test]
+fn the_console_does_not_empty_a_disk_nor_a_file_of_a_machine_that_is_not_built() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    Micro::new().reset().write(&path("kernel")).unwrap();
+    std::fs::write(path("disk"), [7; 512]).unwrap();
+    std::fs::write(path("log"), "old").unwrap();
+    let config = VmConfig { kernel: Some(path("kernel")), ..VmConfig::default() };
+    let disk = format!("path={}", path("disk").display());
+    let disk = (vmm_core::devices::registry::KINDS[0].parse)(&disk).unwrap();
+    let serial = |name: &str| format!("file={}", path(name).display()).parse().unwrap();
+    let build =
+        |config: VmConfig| Vm::builder(config).hypervisor(Box::new(FakeHypervisor::default())).build();
+    let clash = VmConfig { devices: vec![disk], serial: serial("disk"), ..config.clone() };
+    assert!(build(clash).err().unwrap().to_string().contains("in use"));
+    assert_eq!(std::fs::read(path("disk")).unwrap(), [7; 512]);
+    // With the device's parameters the command line is too long, which shows late.
+    let devices = vec![DeviceConfig::Rng(rng::Config::default())];
+    let long = VmConfig { append: Some("x".repeat(1990)), devices, serial: serial("log"), ..config.clone() };
+    assert!(build(long).err().unwrap().to_string().contains("command line"));
+    assert_eq!(std::fs::read(path("log")).unwrap(), b"old");
+    build(VmConfig { serial: serial("log"), ..config }).unwrap();
+    assert_eq!(std::fs::read(path("log")).unwrap(), b"");
+}
+
+#[test]
+fn a_kernel_file_that_promises_too_much_is_refused_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("kernel");
+    let elf = Micro::new().reset().elf();
+    // Offset of a field in the first and second program header.
+    for (at, value) in [(64 + 0x20, u64::MAX), (64 + 56 + 0x20, 1 << 40), (0x38, 0xffff)] {
+        let mut bytes = elf.clone();
+        bytes[at..at + 8].copy_from_slice(&u64::to_le_bytes(value));
+        std::fs::write(&path, bytes).unwrap();
+        let config = VmConfig { kernel: Some(path.clone()), ..VmConfig::default() };
+        let built = Vm::builder(config).hypervisor(Box::new(FakeHypervisor::default())).build();
+        assert!(built.err().unwrap().to_string().contains("damaged"), "{at:#x}");
+    }
+}
+
+#[test]
 fn a_failing_vcpu_and_a_bug_are_told_apart() {
     let failure = VcpuFailure::Emulation { rip: 0x1000, bytes: vec![0x0f, 0xa2], cpl: 0, long_mode: true };
     let StopReason::Failed(why) = ended(vec![Step::Fail(failure)]) else { panic!("it failed") };

@@ -1,8 +1,9 @@
 //! From a configuration to a machine.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 
@@ -18,7 +19,7 @@ use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
 
 use crate::bus::Overlap;
 use crate::config::{ConfigError, SERIAL_FILE_MAX, SerialConfig, VmConfig};
-use crate::console::{self, ConsoleInput, LimitedFile, WhenFull};
+use crate::console::{self, ConsoleInput, ConsolePort, LimitedFile, OutputControl, WhenFull};
 use crate::hypervisor::kvm::KvmHypervisor;
 use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
 use crate::machine::{Inbox, Machine, Milestone, Milestones};
@@ -110,6 +111,9 @@ impl VmBuilder {
             (Some(path), None) => kernel::open_initrd(path).map(drop)?,
             (None, _) => {}
         }
+        if let Some(kernel) = &kernel {
+            command_line(config, kernel, &mmio_slots(config.devices.len()))?;
+        }
         Ok(())
     }
 
@@ -141,13 +145,14 @@ impl VmBuilder {
         milestones.reach(Milestone::VmCreated);
 
         let mut parts = Parts { vm, ram, control, inbox, buses: Buses::default() };
-        let (output, console, console_output) = console::output(self.when_full);
-        let console_input = parts.add_legacy(open_serial(&config.serial, output)?)?;
         let (runner, slots, units) = parts.add_virtio(devices)?;
         parts.describe(&config, &kernel, initrd, &slots)?;
         let idle = parts.create_vcpus(&*hypervisor, &config, &kernel)?;
 
         let power_button = parts.vm.irq_line(layout::GED_IRQ)?;
+        // Last, because it empties a file.
+        let (output, console, console_output) = console::output(self.when_full);
+        let console_input = parts.add_legacy(open_serial(&config.serial, output)?, &console_output)?;
         let Parts { vm, control, inbox, buses, .. } = parts;
         let machine = Machine {
             idle,
@@ -175,11 +180,32 @@ fn open_serial(
         SerialConfig::Stdio => Ok(Box::new(output)),
         SerialConfig::Null => Ok(Box::new(io::sink())),
         SerialConfig::File(path) => {
-            let file =
-                File::create(path).map_err(|source| BuildError::Console { path: path.clone(), source })?;
+            let file = open_log(path).map_err(|source| BuildError::Console { path: path.clone(), source })?;
             Ok(Box::new(LimitedFile::new(file, SERIAL_FILE_MAX)))
         }
     }
+}
+
+/// Opens a file for the console and empties it, unless somebody uses it: every image that a machine has open is
+/// locked.
+fn open_log(path: &Path) -> io::Result<File> {
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        // Without waiting for somebody who reads what turns out to be a FIFO.
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    if file.metadata()?.is_file() {
+        match file.try_lock() {
+            Ok(()) => file.set_len(0)?,
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::other("it is in use as a disk or as another machine's console"));
+            }
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+    Ok(file)
 }
 
 /// A machine in the making.
@@ -193,7 +219,11 @@ struct Parts {
 
 impl Parts {
     /// Puts the few pieces of a PC on the port bus; returns the console's input.
-    fn add_legacy(&mut self, output: Box<dyn Write + Send>) -> Result<ConsoleInput, BuildError> {
+    fn add_legacy(
+        &mut self,
+        output: Box<dyn Write + Send>,
+        control: &OutputControl,
+    ) -> Result<ConsoleInput, BuildError> {
         let input = ConsoleInput::default();
         let pump = {
             let input = input.clone();
@@ -204,7 +234,8 @@ impl Parts {
         let serial = Arc::new(SerialPort::new(line, events.clone(), output, pump));
         input.connect(&serial);
         let pio = &mut self.buses.pio;
-        pio.insert(serial::PORT.into(), serial::PORTS.into(), serial)?;
+        let port = Arc::new(ConsolePort::new(serial, control));
+        pio.insert(serial::PORT.into(), serial::PORTS.into(), port)?;
         pio.insert(host_bridge::PORT.into(), host_bridge::PORTS.into(), Arc::new(HostBridge::new()))?;
         let i8042 = Arc::new(I8042::new(events.clone()));
         pio.insert(i8042::PORT.into(), i8042::PORTS.into(), i8042)?;
@@ -228,13 +259,12 @@ impl Parts {
         let runner = Runner::start("virtio", move || {
             _ = control.send(Message::ThreadPanicked("virtio".into()));
         })?;
-        let (mut slots, mut units) = (Vec::new(), Vec::new());
-        let places = (layout::VIRTIO_MMIO..).step_by(mmio::SIZE as usize).zip(layout::DEVICE_IRQS);
-        for (device, (addr, &irq)) in devices.into_iter().zip(places) {
-            let slot = MmioSlot { addr, len: mmio::SIZE, irq };
-            units.push(self.add_device(&runner, device, slot)?);
-            slots.push(slot);
-        }
+        let slots = mmio_slots(devices.len());
+        let units = devices
+            .into_iter()
+            .zip(&slots)
+            .map(|(device, slot)| self.add_device(&runner, device, *slot))
+            .collect::<Result<_, _>>()?;
         Ok((Some(runner), slots, units))
     }
 
@@ -264,13 +294,7 @@ impl Parts {
         slots: &[MmioSlot],
     ) -> Result<(), BuildError> {
         let mem = self.ram.memory();
-        let device =
-            |slot: &MmioSlot| format!("virtio_mmio.device={}@{:#x}:{}", slot.len, slot.addr, slot.irq);
-        let machine: Vec<String> = match kernel.finds_virtio_by_acpi {
-            true => Vec::new(),
-            false => slots.iter().map(device).collect(),
-        };
-        let cmdline = config.kernel_command_line(&machine)?;
+        let cmdline = command_line(config, kernel, slots)?;
         kernel::write_parameters(mem, kernel, initrd, &cmdline)?;
         kernel::write_table(mem, layout::MP_TABLE, &mptable::build(config.cpus))?;
         kernel::write_table(mem, layout::ACPI, &acpi::build(config.cpus, slots))?;
@@ -296,6 +320,23 @@ impl Parts {
             })
             .collect()
     }
+}
+
+/// The places of the first `count` virtio-mmio devices.
+fn mmio_slots(count: usize) -> Vec<MmioSlot> {
+    let addresses = (layout::VIRTIO_MMIO..).step_by(mmio::SIZE as usize);
+    let slot = |(addr, &irq)| MmioSlot { addr, len: mmio::SIZE, irq };
+    addresses.zip(layout::DEVICE_IRQS).map(slot).take(count).collect()
+}
+
+/// The kernel command line of a machine with its devices in these places.
+fn command_line(config: &VmConfig, kernel: &Kernel, slots: &[MmioSlot]) -> Result<String, ConfigError> {
+    let device = |slot: &MmioSlot| format!("virtio_mmio.device={}@{:#x}:{}", slot.len, slot.addr, slot.irq);
+    let machine: Vec<String> = match kernel.finds_virtio_by_acpi {
+        true => Vec::new(),
+        false => slots.iter().map(device).collect(),
+    };
+    config.kernel_command_line(&machine)
 }
 
 /// What [`Parts::add_virtio`] makes.

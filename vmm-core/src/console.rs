@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
 use devices::legacy::serial::SerialPort;
+use devices::model::BusDevice;
 
 /// Bytes of output that wait for a reader.
 pub const OUTPUT_BUFFER: usize = 256 << 10;
@@ -31,6 +32,8 @@ struct Output {
     bytes: VecDeque<u8>,
     dropped: u64,
     closed: bool,
+    /// Nobody waits for room: the machine is being paused.
+    open: bool,
 }
 
 /// The buffer between the serial port and the reader of its output.
@@ -47,15 +50,40 @@ impl OutputBuffer {
     }
 }
 
-/// The serial port's end of the output.
+/// The serial port on its bus, in front of which the guest waits for room in the output: not behind its lock, which
+/// input and other vCPUs take as well.
+pub(crate) struct ConsolePort {
+    port: Arc<SerialPort>,
+    output: Arc<OutputBuffer>,
+}
+
+impl ConsolePort {
+    pub(crate) fn new(port: Arc<SerialPort>, output: &OutputControl) -> Self {
+        Self { port, output: output.0.clone() }
+    }
+}
+
+impl BusDevice for ConsolePort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.port.read(offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if self.output.when_full == WhenFull::Wait {
+            let full =
+                |state: &mut Output| state.bytes.len() >= OUTPUT_BUFFER && !state.closed && !state.open;
+            drop(self.output.changed.wait_while(self.output.lock(), full));
+        }
+        self.port.write(offset, data);
+    }
+}
+
+/// The serial port's end of the output. It never waits, so each vCPU may go past the bound by one byte.
 pub(crate) struct OutputWriter(Arc<OutputBuffer>);
 
 impl Write for OutputWriter {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         let mut state = self.0.lock();
-        while self.0.when_full == WhenFull::Wait && state.bytes.len() >= OUTPUT_BUFFER && !state.closed {
-            state = self.0.changed.wait(state).unwrap_or_else(|e| e.into_inner());
-        }
         if state.closed {
             return Ok(data.len());
         }
@@ -76,12 +104,19 @@ impl Write for OutputWriter {
     }
 }
 
-/// Ends the output: readers see the rest and then the end, and the guest no longer waits for them.
-pub(crate) struct OutputCloser(Arc<OutputBuffer>);
+/// What the machine does to its console's output.
+pub(crate) struct OutputControl(Arc<OutputBuffer>);
 
-impl OutputCloser {
+impl OutputControl {
+    /// Ends the output: readers see the rest and then the end, and the guest no longer waits for them.
     pub(crate) fn close(&self) {
         self.0.lock().closed = true;
+        self.0.changed.notify_all();
+    }
+
+    /// Lets vCPUs that wait for room go on, so that they can be paused.
+    pub(crate) fn set_open(&self, open: bool) {
+        self.0.lock().open = open;
         self.0.changed.notify_all();
     }
 }
@@ -109,6 +144,14 @@ impl ConsoleReader {
     }
 }
 
+impl Drop for ConsoleReader {
+    /// Nobody is going to read any more, so the guest does not wait for it.
+    fn drop(&mut self) {
+        self.0.lock().closed = true;
+        self.0.changed.notify_all();
+    }
+}
+
 impl Read for ConsoleReader {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let mut state = self.0.lock();
@@ -121,9 +164,9 @@ impl Read for ConsoleReader {
     }
 }
 
-pub(crate) fn output(when_full: WhenFull) -> (OutputWriter, ConsoleReader, OutputCloser) {
+pub(crate) fn output(when_full: WhenFull) -> (OutputWriter, ConsoleReader, OutputControl) {
     let buffer = Arc::new(OutputBuffer { when_full, ..OutputBuffer::default() });
-    (OutputWriter(buffer.clone()), ConsoleReader(buffer.clone()), OutputCloser(buffer))
+    (OutputWriter(buffer.clone()), ConsoleReader(buffer.clone()), OutputControl(buffer))
 }
 
 #[derive(Default)]
@@ -259,48 +302,50 @@ mod tests {
         assert!(all.ends_with(b"end"));
     }
 
+    struct Nothing;
+
+    impl devices::model::IrqLine for Nothing {
+        fn trigger(&self) {}
+    }
+
+    impl devices::model::MachineEvents for Nothing {
+        fn raise(&self, _event: devices::model::MachineEvent) {}
+    }
+
+    fn port(when_full: WhenFull) -> (ConsolePort, ConsoleReader, OutputControl) {
+        let (writer, reader, control) = output(when_full);
+        let serial = SerialPort::new(Arc::new(Nothing), Arc::new(Nothing), Box::new(writer), Box::new(|| ()));
+        (ConsolePort::new(Arc::new(serial), &control), reader, control)
+    }
+
     #[test]
     fn a_waiting_guest_loses_nothing_and_is_freed_by_the_end() {
-        let (mut writer, mut reader, closer) = output(WhenFull::Wait);
-        let total = 3 * OUTPUT_BUFFER;
+        let (port, mut reader, control) = port(WhenFull::Wait);
+        let total = 2 * OUTPUT_BUFFER;
         let guest = std::thread::spawn(move || {
-            for chunk in vec![b'x'; total].chunks(1000) {
-                writer.write_all(chunk).unwrap();
-            }
-            writer
+            (0..total).for_each(|_| port.write(0, b"x"));
+            port
         });
-        let mut seen = 0;
-        let mut buf = [0; 4096];
+        let (mut seen, mut buf) = (0, [0; 4096]);
         while seen < total {
             seen += reader.read(&mut buf).unwrap();
         }
-        let mut writer = guest.join().unwrap();
-        writer.write_all(&vec![b'y'; OUTPUT_BUFFER]).unwrap();
-        let guest = std::thread::spawn(move || writer.write_all(b"blocked"));
-        closer.close();
-        guest.join().unwrap().unwrap();
+        let port = guest.join().unwrap();
+        let guest = std::thread::spawn(move || (0..=OUTPUT_BUFFER).for_each(|_| port.write(0, b"y")));
+        control.close();
+        guest.join().unwrap();
     }
 
     #[test]
-    fn a_burst_is_read_in_one_go_and_the_end_does_not_wait() {
-        const FOREVER: Duration = Duration::from_secs(3600);
-        let (mut writer, mut reader, closer) = output(WhenFull::Wait);
-        let mut buf = [0; 8];
-        writer.write_all(b"abcdefghij").unwrap();
-        assert_eq!(reader.read_burst(&mut buf, FOREVER).unwrap(), 8, "a full buffer is enough");
-        closer.close();
-        assert_eq!(reader.read_burst(&mut buf, FOREVER).unwrap(), 2);
-        assert_eq!(reader.read_burst(&mut buf, FOREVER).unwrap(), 0);
-    }
-
-    #[test]
-    fn input_is_offered_without_waiting() {
-        let input = ConsoleInput::default();
-        let flood = vec![b'x'; INPUT_BUFFER + 1];
-        assert_eq!(input.offer(&flood).unwrap(), INPUT_BUFFER);
-        assert_eq!(input.offer(b"y").unwrap(), 0);
-        input.close();
-        assert!(input.offer(b"y").is_err());
+    fn a_waiting_guest_is_freed_by_a_pause_and_by_a_reader_that_leaves() {
+        let (port, reader, control) = port(WhenFull::Wait);
+        (0..OUTPUT_BUFFER).for_each(|_| port.write(0, b"x"));
+        control.set_open(true);
+        port.write(0, b"paused");
+        port.write(0, b"p");
+        control.set_open(false);
+        drop(reader);
+        (0..10).for_each(|_| port.write(0, b"z"));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use devices::model::{IrqLine, MachineEvent, MachineEvents};
 
-use crate::console::{ConsoleInput, OutputCloser};
+use crate::console::{ConsoleInput, OutputControl};
 use crate::hypervisor::{HvError, HvVm, Vcpu};
 use crate::runner::{Runner, RunnerError, UnitHandle};
 use crate::vcpu::{Buses, VcpuEnd, VcpuThread};
@@ -91,6 +91,7 @@ pub(crate) struct Inbox {
 const RESET: u32 = 1;
 const POWER_OFF: u32 = 2;
 const PANICKED: u32 = 4;
+const LAST_WORDS: u32 = 8;
 /// No exit status was reported.
 const NO_STATUS: u32 = u32::MAX;
 
@@ -100,6 +101,7 @@ pub(crate) struct Reported {
     pub reset: bool,
     pub power_off: bool,
     pub panicked: bool,
+    pub last_words: bool,
 }
 
 impl Inbox {
@@ -113,6 +115,7 @@ impl Inbox {
             reset: bits & RESET != 0,
             power_off: bits & POWER_OFF != 0,
             panicked: bits & PANICKED != 0,
+            last_words: bits & LAST_WORDS != 0,
         }
     }
 
@@ -128,6 +131,7 @@ impl MachineEvents for Inbox {
             MachineEvent::Reset => RESET,
             MachineEvent::PowerOff => POWER_OFF,
             MachineEvent::Panicked => PANICKED,
+            MachineEvent::LastWords => LAST_WORDS,
             MachineEvent::UserSpaceReached => return self.milestones.reach(Milestone::UserSpaceReached),
             MachineEvent::ExitStatus(status) => {
                 return self.exit_status.store(status.into(), Ordering::Release);
@@ -150,7 +154,7 @@ pub(crate) struct Machine {
     pub buses: Arc<Buses>,
     pub power_button: Arc<dyn IrqLine>,
     pub console_input: ConsoleInput,
-    pub console_output: OutputCloser,
+    pub console_output: OutputControl,
     pub milestones: Arc<Milestones>,
     pub control: Sender<Message>,
     pub _vm: Arc<dyn HvVm>,
@@ -174,6 +178,7 @@ impl Machine {
 
     /// Brings vCPUs, then devices, to a standstill.
     pub fn pause(&self) -> Result<(), RunnerError> {
+        self.console_output.set_open(true);
         self.running.iter().for_each(VcpuThread::pause);
         self.running.iter().for_each(VcpuThread::wait_parked);
         self.units.iter().try_for_each(|unit| unit.set_paused(true))
@@ -181,6 +186,7 @@ impl Machine {
 
     /// Lets devices, then vCPUs, go on.
     pub fn resume(&self) -> Result<(), RunnerError> {
+        self.console_output.set_open(false);
         self.units.iter().try_for_each(|unit| unit.set_paused(false))?;
         self.running.iter().for_each(VcpuThread::resume);
         Ok(())

@@ -16,7 +16,7 @@ use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
 };
 use tracing::{debug, warn};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// A runner could not be started, or has ended.
 #[derive(Debug, thiserror::Error)]
@@ -165,7 +165,7 @@ pub struct Runner {
 }
 
 impl Runner {
-    /// Starts the thread named `name`. `on_panic` is called, on that thread, when it dies of a panic.
+    /// Starts the thread named `name`. `on_panic` is called, on that thread, when it dies before it is told to.
     pub fn start(name: &str, on_panic: impl FnOnce() + Send + 'static) -> Result<Self, RunnerError> {
         let mut manager = EventManager::<Unit>::new()?;
         let endpoint = manager.remote_endpoint();
@@ -177,10 +177,12 @@ impl Runner {
                     while !stop.load(Ordering::Acquire) {
                         if let Err(error) = manager.run() {
                             warn!(%error, "the I/O event loop failed");
+                            return false;
                         }
                     }
+                    true
                 });
-                if std::panic::catch_unwind(run).is_err() {
+                if !std::panic::catch_unwind(run).unwrap_or(false) {
                     on_panic();
                 }
             }
@@ -198,13 +200,13 @@ impl Runner {
         let kicks = device
             .queue_sizes()
             .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK))
+            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<Result<Arc<[_]>, _>>()?;
         let unit = Unit {
             counters: device.counters(),
             device,
             kicks: kicks.clone(),
-            again: EventFd::new(EFD_NONBLOCK)?,
+            again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             pending: Vec::new(),
             notifier,
             mem,
@@ -292,7 +294,11 @@ impl DeviceHost for UnitHandle {
                 let unit = ops.subscriber_mut(id)?;
                 unit.activate(features, &queues).map_err(CallError)?;
                 let sources = unit.sources.clone();
-                Ok(watch(ops, id, &sources, true)?)
+                watch(ops, id, &sources, true).or_else(|error| {
+                    // The driver is told that the device did not start, so it must not have.
+                    ops.subscriber_mut(id)?.reset();
+                    Err(error.into())
+                })
             })
             .map_err(|CallError(error)| error)
     }

@@ -92,6 +92,14 @@ impl VmState {
             _ => Err(IllegalTransition { from: self.clone(), to }),
         }
     }
+
+    /// Whether it is in `from`, from where it is to go to `to`.
+    pub fn expect(&self, from: &VmState, to: VmState) -> Result<(), IllegalTransition> {
+        match self == from {
+            true => Ok(()),
+            false => Err(IllegalTransition { from: self.clone(), to }),
+        }
+    }
 }
 
 #[cfg(test)]

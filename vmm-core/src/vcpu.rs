@@ -44,6 +44,8 @@ struct GateState {
     want: Want,
     /// The thread waits at the gate, or has ended.
     parked: bool,
+    /// The thread has ended, and another may have its number.
+    ended: bool,
 }
 
 /// Where a vCPU's thread waits while its machine is paused.
@@ -78,6 +80,23 @@ impl Gate {
         self.lock().want = want;
         self.changed.notify_all();
     }
+
+    /// Sets what is wanted and makes the vCPU look at it.
+    fn interrupt(&self, want: Want, kick: &dyn Kick) {
+        let mut state = self.lock();
+        state.want = want;
+        // Under the lock, so the thread is still the one that is meant.
+        if !state.ended {
+            kick.kick();
+        }
+        self.changed.notify_all();
+    }
+
+    fn end(&self) {
+        let mut state = self.lock();
+        (state.parked, state.ended) = (true, true);
+        self.changed.notify_all();
+    }
 }
 
 /// A vCPU on its thread.
@@ -97,7 +116,7 @@ impl VcpuThread {
         on_end: impl FnOnce(VcpuEnd) + Send + 'static,
     ) -> Result<Self, HvError> {
         let gate = Arc::new(Gate {
-            state: Mutex::new(GateState { want: Want::Run, parked: false }),
+            state: Mutex::new(GateState { want: Want::Run, parked: false, ended: false }),
             changed: Condvar::new(),
         });
         let (attached, attachment) = mpsc::channel();
@@ -116,21 +135,24 @@ impl VcpuThread {
                 });
                 let end = std::panic::catch_unwind(run).unwrap_or(VcpuEnd::Panicked);
                 drop(vcpu);
-                gate.lock().parked = true;
-                gate.changed.notify_all();
+                gate.end();
                 on_end(end);
             }
         });
         let thread = thread.map_err(|source| HvError::Call { call: "clone", source })?;
         let died = || HvError::Call { call: "clone", source: std::io::ErrorKind::BrokenPipe.into() };
-        let kick = attachment.recv().map_err(|_| died())??;
-        Ok(Self { gate, kick, thread: Some(thread) })
+        match attachment.recv().unwrap_or_else(|_| Err(died())) {
+            Ok(kick) => Ok(Self { gate, kick, thread: Some(thread) }),
+            Err(error) => {
+                _ = thread.join();
+                Err(error)
+            }
+        }
     }
 
     /// Tells the vCPU to stand still; [`Self::wait_parked`] waits until it does.
     pub fn pause(&self) {
-        self.gate.set(Want::Pause);
-        self.kick.kick();
+        self.gate.interrupt(Want::Pause, &*self.kick);
     }
 
     /// Waits until the vCPU stands still or has ended.
@@ -148,8 +170,7 @@ impl VcpuThread {
 
     /// Tells the vCPU to end; dropping it waits for that.
     pub fn stop(&self) {
-        self.gate.set(Want::Stop);
-        self.kick.kick();
+        self.gate.interrupt(Want::Stop, &*self.kick);
     }
 }
 

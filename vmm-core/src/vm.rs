@@ -10,12 +10,12 @@ use crate::config::VmConfig;
 use crate::console::{ConsoleInput, ConsoleReader};
 use crate::diagnosis;
 use crate::hypervisor::HvError;
-use crate::machine::{Inbox, Machine, Milestones};
+use crate::machine::{Inbox, Machine, Milestones, Reported};
 use crate::runner::RunnerError;
 use crate::state::{IllegalTransition, StopReason, VmState};
 use crate::vcpu::VcpuEnd;
 
-/// A call on a [`Vm`] that failed; the machine is as it was, or stopped.
+/// A call on a [`Vm`] that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
     /// The machine's state does not allow it.
@@ -54,6 +54,8 @@ pub(crate) enum Message {
 
 /// How long a guest whose kernel panicked has to print its last words and reset itself.
 const PANIC_GRACE: Duration = Duration::from_secs(1);
+/// How soon after a kernel's last words on the console a reset is part of its panic.
+const LAST_WORDS_GRACE: Duration = Duration::from_secs(10);
 
 /// State that handles can look at while the control thread works.
 struct Shared {
@@ -73,8 +75,8 @@ impl Shared {
     }
 }
 
-/// A virtual machine. All methods can be called from any thread; dropping it stops the machine and waits until
-/// nothing of it is left.
+/// A virtual machine. All methods can be called from any thread; dropping it stops the machine and waits until its
+/// threads have ended and its files are closed.
 ///
 /// ```no_run
 /// use vmm_core::{Vm, VmConfig};
@@ -115,7 +117,22 @@ impl Vm {
         let control = machine.control.clone();
         let thread = std::thread::Builder::new().name("vm-control".into()).spawn({
             let (shared, inbox) = (shared.clone(), inbox.clone());
-            move || Control { machine: Some(machine), shared, inbox, panicked: None }.serve(&messages)
+            move || {
+                let control = Control {
+                    machine: Some(machine),
+                    shared: shared.clone(),
+                    inbox,
+                    panicked: None,
+                    last_words: None,
+                };
+                let serve = std::panic::AssertUnwindSafe(|| control.serve(&messages));
+                if std::panic::catch_unwind(serve).is_err() {
+                    // Whoever waits for the machine must not wait for ever.
+                    let reason = StopReason::Failed("a bug: the control thread panicked".into());
+                    *shared.lock() = VmState::Stopped(reason);
+                    shared.changed.notify_all();
+                }
+            }
         })?;
         let console = Mutex::new(Some(console));
         Ok(Self { control, shared, inbox, milestones, console_input, console, thread: Some(thread) })
@@ -146,6 +163,13 @@ impl Vm {
     pub fn stop(&self) {
         // It fails only when the machine has ended.
         _ = self.command(Command::Stop);
+    }
+
+    /// As [`Self::stop`], but does not wait for it: for threads that must stay free.
+    pub fn request_stop(&self) {
+        let (reply, _) = mpsc::channel();
+        // It fails only when the machine has ended.
+        _ = self.control.send(Message::Command(Command::Stop, reply));
     }
 
     /// Presses the power button: a guest with ACPI and something that listens (systemd, our init) shuts down.
@@ -217,13 +241,16 @@ struct Control {
     inbox: Arc<Inbox>,
     /// When the guest's kernel panicked.
     panicked: Option<Instant>,
+    /// When a kernel's last words were seen on the console.
+    last_words: Option<Instant>,
 }
 
 impl Control {
     /// Works until the machine has stopped; dropping the receiver tells later callers.
     fn serve(mut self, messages: &Receiver<Message>) {
         while self.machine.is_some() {
-            let message = match self.panicked {
+            let paused = *self.shared.lock() == VmState::Paused;
+            let message = match self.panicked.filter(|_| !paused) {
                 None => messages.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(at) => messages.recv_timeout(PANIC_GRACE.saturating_sub(at.elapsed())),
             };
@@ -247,10 +274,7 @@ impl Control {
         let machine = self.machine.as_mut().ok_or(VmError::Gone)?;
         match command {
             Command::Start => {
-                if *self.shared.lock() != VmState::Created {
-                    let from = self.shared.lock().clone();
-                    return Err(IllegalTransition { from, to: VmState::Running }.into());
-                }
+                self.shared.lock().expect(&VmState::Created, VmState::Running)?;
                 self.shared.transition(VmState::Running)?;
                 if let Err(error) = machine.start() {
                     self.stop(StopReason::Failed(error.to_string()));
@@ -258,14 +282,12 @@ impl Control {
                 }
             }
             Command::Pause => {
-                self.shared.transition(VmState::Paused)?;
+                self.shared.lock().expect(&VmState::Running, VmState::Paused)?;
                 machine.pause()?;
+                self.shared.transition(VmState::Paused)?;
             }
             Command::Resume => {
-                if *self.shared.lock() != VmState::Paused {
-                    let from = self.shared.lock().clone();
-                    return Err(IllegalTransition { from, to: VmState::Running }.into());
-                }
+                self.shared.lock().expect(&VmState::Paused, VmState::Running)?;
                 machine.resume()?;
                 self.shared.transition(VmState::Running)?;
             }
@@ -277,13 +299,20 @@ impl Control {
 
     fn reported(&mut self) {
         let reported = self.inbox.take();
-        if reported.panicked {
-            self.panicked.get_or_insert_with(Instant::now);
-        }
+        self.note_panic(reported);
         if reported.power_off {
             self.stop(StopReason::GuestPowerOff);
         } else if reported.reset {
             self.stop(StopReason::GuestReset);
+        }
+    }
+
+    fn note_panic(&mut self, reported: Reported) {
+        if reported.panicked {
+            self.panicked.get_or_insert_with(Instant::now);
+        }
+        if reported.last_words {
+            self.last_words = Some(Instant::now());
         }
     }
 
@@ -304,9 +333,14 @@ impl Control {
     /// Takes the machine down. What a panicked guest does next is part of its panic.
     fn stop(&mut self, reason: StopReason) {
         let Some(machine) = self.machine.take() else { return };
-        let panicked = self.panicked.is_some() || self.inbox.take().panicked;
+        self.note_panic(self.inbox.take());
+        let last_words = self.last_words.is_some_and(|at| at.elapsed() < LAST_WORDS_GRACE);
         let reason = match reason {
-            StopReason::GuestReset | StopReason::GuestPowerOff if panicked => StopReason::GuestPanic,
+            StopReason::GuestReset | StopReason::GuestPowerOff if self.panicked.is_some() => {
+                StopReason::GuestPanic
+            }
+            // Anybody can print the words, but with a reset right after them they were a kernel's.
+            StopReason::GuestReset if last_words => StopReason::GuestPanic,
             reason => reason,
         };
         // From every state in which there still is a machine, the diagram goes to `Stopping`.

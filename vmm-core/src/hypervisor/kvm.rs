@@ -16,7 +16,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuExit, VcpuFd, VmFd};
 use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
 use tracing::debug;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::{Exit, HvError, HvVm, Hypervisor, Kick, Vcpu, VcpuFailure};
@@ -192,7 +192,8 @@ impl HvVm for KvmVm {
     }
 
     fn irq_line(&self, gsi: u32) -> Result<Arc<dyn IrqLine>, HvError> {
-        let event = EventFd::new(EFD_NONBLOCK).map_err(|source| HvError::Call { call: "eventfd", source })?;
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(|source| HvError::Call { call: "eventfd", source })?;
         self.fd.register_irqfd(&event, gsi).map_err(failed("KVM_IRQFD"))?;
         Ok(Arc::new(Irqfd(event)))
     }

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use devices::GuestMemory;
@@ -199,6 +199,7 @@ fn load_elf(
     file: &mut File,
 ) -> Result<Kernel, KernelError> {
     let start = Some(GuestAddress(layout::HIGH_RAM));
+    check_elf(path, file)?;
     let loaded = Elf::load(mem, None, file, start).map_err(|e| load_error(e, path, mem))?;
     let linux = Entry { address: loaded.kernel_load.0, protocol: Protocol::Linux };
     let entry = match (protocol, loaded.pvh_boot_cap) {
@@ -210,6 +211,39 @@ fn load_elf(
     };
     let finds_virtio_by_acpi = contains(mem, layout::HIGH_RAM..loaded.kernel_end, VIRTIO_MMIO_ACPI_ID);
     Ok(Kernel { entry, end: loaded.kernel_end, finds_virtio_by_acpi, setup_header: None })
+}
+
+/// Bounds what the loader is going to read, by the program headers (ELF-64 Object File Format, figures 2 and 6): it
+/// believes what they say.
+fn check_elf(path: &Path, file: &File) -> Result<(), KernelError> {
+    const MAX_SEGMENTS: usize = 64;
+    const MAX_NOTES: u64 = 64 << 10;
+    const PT_LOAD: u32 = 1;
+    const PT_NOTE: u32 = 4;
+    const SEGMENT: usize = 56;
+    let no = |reason: &str| KernelError::Format { path: path.into(), reason: reason.into() };
+    let damaged = || no("its program headers are damaged; build or copy it again");
+    let mut header = [0; 64];
+    file.read_exact_at(&mut header, 0).map_err(|_| damaged())?;
+    let offset = u64::from_le_bytes(std::array::from_fn(|i| header[0x20 + i]));
+    let count = usize::from(u16::from_le_bytes([header[0x38], header[0x39]]));
+    if count > MAX_SEGMENTS {
+        return Err(damaged());
+    }
+    let mut segments = vec![0; count * SEGMENT];
+    file.read_exact_at(&mut segments, offset).map_err(|_| damaged())?;
+    let file_len = file.metadata().map_err(|e| no(&e.to_string()))?.len();
+    let mut left = file_len;
+    for segment in segments.chunks_exact(SEGMENT) {
+        let kind = u32::from_le_bytes(std::array::from_fn(|i| segment[i]));
+        let len = u64::from_le_bytes(std::array::from_fn(|i| segment[0x20 + i]));
+        match kind {
+            PT_LOAD => left = left.checked_sub(len).ok_or_else(damaged)?,
+            PT_NOTE if len > MAX_NOTES => return Err(damaged()),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// The ACPI ID of virtio-mmio devices. A kernel that has it built in was built with both.

@@ -8,7 +8,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::buffers::Buffers;
 use crate::GuestMemory;
@@ -39,6 +39,14 @@ impl QueueConfig {
     pub fn new(max_size: u16) -> Self {
         Self { max_size, size: max_size, ..Self::default() }
     }
+
+    /// Whether all of the three areas (virtio 1.3 §2.7) is guest memory. The crate's own check logs an error for
+    /// each area that is not, as often as a guest likes.
+    fn lies_in(&self, mem: &GuestMemory) -> bool {
+        let size = usize::from(self.size);
+        let areas = [(self.desc, 16 * size), (self.driver, 6 + 2 * size), (self.device, 6 + 8 * size)];
+        areas.into_iter().all(|(address, bytes)| mem.check_range(GuestAddress(address), bytes))
+    }
 }
 
 /// A way in which the driver broke a queue beyond use.
@@ -66,6 +74,8 @@ pub struct QueueCore {
     mistakes: u64,
     budget: u16,
     pushed: bool,
+    /// The last look at the available ring found nothing.
+    dry: bool,
 }
 
 /// The head of a chain that the device holds: handed back exactly once, in [`VirtQueue::push`].
@@ -82,6 +92,8 @@ pub struct Head {
 pub struct Chain<'m> {
     /// To be pushed when the request is done.
     pub head: Head,
+    /// Where in the available ring it was.
+    position: u16,
     /// What the device reads.
     pub readable: Buffers<'m>,
     /// What the device writes.
@@ -104,23 +116,20 @@ impl QueueCore {
             || ActivateError::QueueSize { queue: index, size: config.size, max: config.max_size };
         let address_error = |_| ActivateError::QueueAddress { queue: index };
         let mut ring = Queue::new(config.max_size).map_err(|_| size_error())?;
-        let in_flight = |size: u16| vec![0; usize::from(size).div_ceil(64)].into();
-        if !config.ready {
-            let in_flight = in_flight(ring.size());
-            return Ok(Self { ring, in_flight, epoch, fault: None, mistakes: 0, budget: 0, pushed: false });
+        if config.ready {
+            ring.try_set_size(config.size).map_err(|_| size_error())?;
+            ring.try_set_desc_table_address(GuestAddress(config.desc)).map_err(address_error)?;
+            ring.try_set_avail_ring_address(GuestAddress(config.driver)).map_err(address_error)?;
+            ring.try_set_used_ring_address(GuestAddress(config.device)).map_err(address_error)?;
+            ring.set_event_idx(event_idx);
+            ring.set_ready(true);
+            // The crate takes an available ring at 0 for "not set", and would then refuse every pop.
+            if config.driver == 0 || !config.lies_in(mem) {
+                return Err(ActivateError::QueueAddress { queue: index });
+            }
         }
-        ring.try_set_size(config.size).map_err(|_| size_error())?;
-        ring.try_set_desc_table_address(GuestAddress(config.desc)).map_err(address_error)?;
-        ring.try_set_avail_ring_address(GuestAddress(config.driver)).map_err(address_error)?;
-        ring.try_set_used_ring_address(GuestAddress(config.device)).map_err(address_error)?;
-        ring.set_event_idx(event_idx);
-        ring.set_ready(true);
-        // The crate takes an available ring at 0 for "not set", and would then refuse every pop.
-        if config.driver == 0 || !ring.is_valid(mem) {
-            return Err(ActivateError::QueueAddress { queue: index });
-        }
-        let in_flight = in_flight(config.size);
-        Ok(Self { ring, in_flight, epoch, fault: None, mistakes: 0, budget: 0, pushed: false })
+        let in_flight = vec![0; usize::from(ring.size()).div_ceil(64)].into();
+        Ok(Self { ring, in_flight, epoch, fault: None, mistakes: 0, budget: 0, pushed: false, dry: false })
     }
 
     /// How the driver broke this queue, if it did. It stays unusable until the device is reset.
@@ -186,6 +195,11 @@ impl QueueCore {
         self.ring.next_avail()
     }
 
+    /// Whether the device, in the last call, looked for chains until there were none.
+    pub fn was_dry(&self) -> bool {
+        self.dry
+    }
+
     /// Records that the driver broke the queue; always false, for the callers' convenience.
     fn break_with(&mut self, fault: Fault) -> bool {
         self.fault.get_or_insert(fault);
@@ -222,6 +236,7 @@ impl<'a> Queues<'a> {
     pub fn lend(cores: &'a mut [QueueCore], mem: &'a GuestMemory) -> Self {
         for core in cores.iter_mut() {
             core.budget = core.ring.size();
+            core.dry = false;
         }
         Self { cores, mem }
     }
@@ -251,8 +266,15 @@ impl<'a> VirtQueue<'a> {
             if !self.core.is_usable() || self.core.budget == 0 {
                 return None;
             }
+            let position = self.core.position();
             let mut descriptors = match self.core.ring.iter(self.mem) {
-                Ok(mut available) => available.next()?,
+                Ok(mut available) => match available.next() {
+                    Some(descriptors) => descriptors,
+                    None => {
+                        self.core.dry = true;
+                        return None;
+                    }
+                },
                 Err(virtio_queue::Error::InvalidAvailRingIndex) => {
                     self.core.break_with(Fault::AvailIndex);
                     return None;
@@ -278,7 +300,8 @@ impl<'a> VirtQueue<'a> {
             match Buffers::of_chain(&mut descriptors, self.mem) {
                 Some((readable, writable)) => {
                     let writable_len = u32::try_from(writable.len()).unwrap_or(u32::MAX);
-                    return Some(Chain { head: Head { writable: writable_len, ..head }, readable, writable });
+                    let head = Head { writable: writable_len, ..head };
+                    return Some(Chain { head, position, readable, writable });
                 }
                 None => {
                     self.core.mistakes += 1;
@@ -289,12 +312,19 @@ impl<'a> VirtQueue<'a> {
     }
 
     /// Puts the chain that was popped last back, as if it had not been popped.
+    ///
+    /// The ring cannot be rewound over a chain that came after it and was given back already, which only
+    /// happens when that one was of no use. Then this one is given back too, with length 0.
     pub fn unpop(&mut self, chain: Chain<'a>) {
         if chain.head.epoch != self.core.epoch || !self.core.is_usable() {
             return;
         }
+        if chain.position != self.core.position().wrapping_sub(1) {
+            return self.core.push(self.mem, chain.head, 0);
+        }
         let (word, bit) = self.core.flight_bit(chain.head.index);
         *word &= !bit;
+        self.core.dry = false;
         self.core.ring.go_to_previous_position();
         self.core.budget += 1;
     }

@@ -146,6 +146,25 @@ fn chains_that_are_put_back_come_again_in_order() {
 }
 
 #[test]
+fn the_ring_is_not_rewound_over_a_chain_that_was_given_back() {
+    let mut bench = Bench::new(false);
+    bench.offer(&[4, 5, 6]);
+    // Head 5 is malformed: its buffer is not in memory.
+    let stray = Desc { addr: u64::MAX - 4096, len: 64, flags: WRITE, next: 0 };
+    bench.put(rings(0).desc + 16 * 5, &stray.bytes());
+    let mut queue = bench.lend();
+    let (first, last) = (queue.pop().expect("head 4"), queue.pop().expect("head 6"));
+    queue.unpop(last);
+    queue.unpop(first);
+    assert_eq!(bench.used(), [(5, 0), (4, 0)], "head 4 cannot wait any more, head 6 can");
+    assert_eq!(bench.core.in_flight(), 0);
+    let again = bench.lend().pop().expect("head 6 again").head;
+    bench.lend().push(again, 7);
+    assert!(bench.lend().pop().is_none());
+    assert_eq!(bench.used(), [(5, 0), (4, 0), (6, 7)], "each head once");
+}
+
+#[test]
 fn a_call_takes_no_more_chains_than_the_queue_has_descriptors() {
     let mut bench = Bench::new(false);
     bench.offer(&[0; SIZE as usize]);
@@ -238,7 +257,21 @@ fn a_configuration_is_checked_before_it_is_used() {
         (QueueConfig { driver: 0x1001, ..config() }, address()),
         (QueueConfig { device: 0x1002, ..config() }, address()),
         (QueueConfig { device: end - 16, ..config() }, address()),
+        (QueueConfig { desc: end - 16 * 16 + 16, ..config() }, address()),
+        (QueueConfig { driver: end - 38 + 2, ..config() }, address()),
+        (QueueConfig { device: end - 136 + 4, ..config() }, address()),
+        (QueueConfig { desc: !15, ..config() }, address()),
+        (QueueConfig { driver: !1, ..config() }, address()),
+        (QueueConfig { device: !3, ..config() }, address()),
+        (QueueConfig { driver: 0, ..config() }, address()),
     ] {
         assert_eq!(QueueCore::new(0, &config, false, 1, &mem).err(), Some(want), "{config:x?}");
+    }
+    for config in [
+        QueueConfig { desc: end - 16 * 16, ..config() },
+        QueueConfig { driver: end - 38, ..config() },
+        QueueConfig { device: end - 136, ..config() },
+    ] {
+        assert_eq!(QueueCore::new(0, &config, true, 1, &mem).err(), None, "{config:x?}");
     }
 }

@@ -28,9 +28,10 @@ pub fn serve_queue(
         if device.process(&mut Queues::lend(cores, mem), queue) == Progress::More {
             return Progress::More;
         }
-        // Chains that came in before kicks were on again are served now. Chains that the device leaves alone
-        // wait for the host, not for the driver.
-        if !cores[at].enable_kicks(mem) || cores[at].position() == before {
+        // Chains that came in before kicks were on again are served now. Chains that the device saw and left
+        // alone wait for the host, not for the driver.
+        let left_alone = cores[at].position() == before && !cores[at].was_dry();
+        if !cores[at].enable_kicks(mem) || left_alone {
             return Progress::Done;
         }
     }
@@ -83,3 +84,7 @@ pub fn settle(
         }
     }
 }
+
+#[cfg(test)]
+#[path = "service_tests.rs"]
+mod tests;

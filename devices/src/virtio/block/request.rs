@@ -61,7 +61,7 @@ impl<'m> Request<'m> {
     /// the end of what is writable, wherever descriptors begin and end (§2.7.4.2). A chain without either is no
     /// request, and only its head is left of it.
     pub fn parse(chain: Chain<'m>) -> Result<Self, Head> {
-        let Chain { head, readable: mut from_guest, writable: mut to_guest } = chain;
+        let Chain { head, readable: mut from_guest, writable: mut to_guest, .. } = chain;
         let mut header = [0; 16];
         let writable = u32::try_from(to_guest.len()).unwrap_or(u32::MAX);
         if from_guest.read(&mut header) < header.len() || to_guest.is_empty() {

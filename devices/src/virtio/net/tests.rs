@@ -378,6 +378,27 @@ fn buffers_without_room_for_a_header_come_back() {
 }
 
 #[test]
+fn a_buffer_without_room_behind_others_comes_back_once() {
+    let (mut driver, host) = driver(MRG);
+    // After a long frame, several buffers are taken for the next.
+    (0..2).for_each(|_| _ = driver.post(RX, &[], &[2000]));
+    send(&host, &datagram(1, 3000));
+    driver.host_events();
+    assert_eq!(driver.used(RX).len(), 2);
+    let heads = [500, 4, 600].map(|room| u32::from(driver.post(RX, &[], &[room]).0));
+    driver.kick(RX);
+    driver.host_events();
+    for mark in 2..4 {
+        send(&host, &datagram(mark, 100));
+        driver.host_events();
+    }
+    let mut used: Vec<u32> = driver.used(RX).into_iter().map(|(head, _)| head).collect();
+    used.sort_unstable();
+    assert_eq!(used, heads, "each buffer is used once");
+    assert_eq!(counter(&driver.counters.guest_mistakes), 1);
+}
+
+#[test]
 fn a_head_that_is_made_available_twice_breaks_the_queue() {
     let (mut driver, host) = driver(MRG);
     driver.set_desc(RX, 0, Desc { addr: DATA, len: 100, flags: WRITE, next: 0 });

@@ -14,6 +14,7 @@ pub const PORTS: u16 = 8;
 
 const ADDRESS: u64 = 0;
 const DATA: u64 = 4;
+const END: u64 = PORTS as u64;
 /// The address register's bit that makes the data register a window on configuration space.
 const ENABLE: u32 = 1 << 31;
 /// The bits of an address that are kept: enable, bus, device, function and register.
@@ -49,7 +50,7 @@ impl BusDevice for HostBridge {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let value = match offset {
             ADDRESS if data.len() == 4 => self.address.load(Ordering::Relaxed),
-            DATA.. => self.window() >> (8 * (offset - DATA)),
+            DATA..END => self.window() >> (8 * (offset - DATA)),
             _ => u32::MAX,
         };
         let bytes = value.to_le_bytes();
@@ -94,7 +95,9 @@ mod tests {
         let mut data = [0; 4];
         bridge.read(ADDRESS, &mut data);
         assert_eq!(u32::from_le_bytes(data), ADDRESS_BITS);
-        for (offset, width) in [(0, 1), (1, 4), (2, 2), (4, 4), (7, 8), (0, 0)] {
+        for (offset, width) in
+            [(0, 1), (1, 4), (2, 2), (4, 4), (7, 8), (0, 0), (8, 1), (1 << 60, 4), (u64::MAX, 8)]
+        {
             bridge.write(offset, &vec![0; width]);
             bridge.read(offset, &mut vec![0; width]);
         }

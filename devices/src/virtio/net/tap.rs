@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
 use super::header::HEADER_BYTES;
 use crate::model::OpenError;
@@ -36,8 +36,9 @@ impl Tap {
             return Err(error("not the name of an interface".into(), "use at most 15 characters"));
         }
         // The driver would make an interface of this name that nothing is connected to, and that is gone with us.
-        let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None)
-            .map_err(|errno| error(errno.to_string(), "close some files"))?;
+        let socket =
+            rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None)
+                .map_err(|errno| error(errno.to_string(), "close some files"))?;
         rustix::net::netdevice::name_to_index(&socket, name)
             .map_err(|_| error("no such interface".into(), &make))?;
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;

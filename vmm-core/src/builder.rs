@@ -133,6 +133,9 @@ impl VmBuilder {
         let devices = config.devices.iter().map(|device| device.open()).collect::<Result<Vec<_>, _>>()?;
 
         let ram = GuestRam::new(config.memory.0)?;
+        // The image, and as much again, which a kernel fills while it boots. An error is the loader's to tell.
+        let image = std::fs::metadata(&kernel_path).map_or(0, |meta| meta.len());
+        ram.prefer_huge_pages(layout::HIGH_RAM.saturating_add(image.saturating_mul(2)));
         let kernel = kernel::load(ram.memory(), &kernel_path, config.boot_protocol)?;
         let initrd = config.initrd.as_deref();
         let initrd = initrd.map(|path| kernel::load_initrd(ram.memory(), path, &kernel)).transpose()?;

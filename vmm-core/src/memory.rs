@@ -1,8 +1,11 @@
 //! Guest memory: the only place that maps it.
+#![allow(unsafe_code, reason = "advice on a mapping is given by address")]
 
 use std::io;
 
 use devices::GuestMemory;
+use rustix::mm::{Advice, madvise};
+use tracing::debug;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
 
@@ -56,6 +59,17 @@ impl GuestRam {
             .collect::<Result<Vec<_>, _>>()?;
         let memory = GuestMemory::from_regions(regions).map_err(|e| error(io::Error::other(e)))?;
         Ok(Self { memory })
+    }
+
+    /// Asks the host for huge pages in the first `len` bytes: for what is going to be filled wholly and at once.
+    pub fn prefer_huge_pages(&self, len: u64) {
+        let Some(region) = self.regions().next() else { return };
+        let len = len.min(region.len) as usize;
+        // SAFETY: the range lies in a mapping of ours, and the advice changes nothing that can be seen in it.
+        let advised = unsafe { madvise(region.host_addr as *mut _, len, Advice::LinuxHugepage) };
+        if let Err(error) = advised {
+            debug!(%error, "no huge pages for the kernel");
+        }
     }
 
     /// The memory as devices and loaders use it.

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, FlockOperation, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
@@ -17,6 +17,7 @@ pub struct Disk {
     fd: OwnedFd,
     sectors: u64,
     read_only: bool,
+    path: PathBuf,
 }
 
 impl Disk {
@@ -76,7 +77,7 @@ impl Disk {
                 _ => error(reason, "extend it with truncate(1), and check that it is a raw image"),
             });
         }
-        Ok(Self { fd, sectors: size / SECTOR, read_only })
+        Ok(Self { fd, sectors: size / SECTOR, read_only, path: path.into() })
     }
 
     /// A disk of 64 KiB in memory, whose sectors hold the low bits of their own number in every byte. Even a
@@ -87,19 +88,24 @@ impl Disk {
         let fd = rustix::fs::memfd_create("specimen", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
         let bytes: Vec<u8> = (0..SECTORS).flat_map(|sector| [sector as u8; SECTOR as usize]).collect();
         assert_eq!(rustix::io::pwrite(&fd, &bytes, 0), Ok(bytes.len()));
-        Self::on(fd, SECTORS, read_only)
+        Self::on(fd, Path::new("specimen"), SECTORS, read_only)
     }
 
-    /// A disk on whatever is open.
+    /// A disk on whatever is open; `path` is its name.
     #[cfg(any(test, feature = "specimen"))]
-    pub fn on(fd: OwnedFd, sectors: u64, read_only: bool) -> Self {
-        Self { fd, sectors, read_only }
+    pub fn on(fd: OwnedFd, path: &Path, sectors: u64, read_only: bool) -> Self {
+        Self { fd, sectors, read_only, path: path.into() }
     }
 
     /// The open file, for tests to look at behind the device's back.
     #[cfg(test)]
     pub fn fd(&self) -> &OwnedFd {
         &self.fd
+    }
+
+    /// What the operator calls it.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Capacity in sectors.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
@@ -27,8 +27,19 @@ pub const SECTOR: u64 = 512;
 /// Bytes of a disk's identity string (virtio 1.3 §5.2.6).
 const ID_BYTES: usize = 20;
 const QUEUE_SIZE: u16 = 256;
-/// Bytes moved after which other devices get a turn.
+/// Bytes moved after which other devices get a turn. The request that reaches it is done whole.
 const MAX_PER_CALL: usize = 16 << 20;
+/// Most bytes of data in one request, since a request is not shared between turns.
+const MAX_REQUEST: usize = 64 << 20;
+/// Most buffers of data in one request: its chain also has a header and a status.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Most bytes in one buffer.
+const SIZE_MAX: u32 = 256 << 10;
+/// A driver that keeps to the two never meets the limit.
+const _: () = assert!(SEG_MAX as usize * SIZE_MAX as usize <= MAX_REQUEST);
+/// Most warnings in a device's life: there is one for each activation, and a guest can reset the device as often
+/// as it likes.
+const MAX_WARNINGS: u8 = 8;
 
 /// Configuration of a disk.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -99,6 +110,9 @@ struct Block {
     id: [u8; ID_BYTES],
     /// The driver flushes by itself. Until it says so, a write is not done before it is on the disk.
     driver_flushes: bool,
+    /// The operator was told, in this activation, that the host fails.
+    warned: bool,
+    warnings: u8,
     config: Arc<ConfigSpace>,
     counters: Arc<Counters>,
 }
@@ -108,7 +122,15 @@ impl Block {
         let mut id_bytes = [0; ID_BYTES];
         id_bytes[..id.len()].copy_from_slice(id.as_bytes());
         let config = Arc::new(ConfigSpace::read_only(&config_bytes(disk.sectors())));
-        Self { disk, id: id_bytes, driver_flushes: false, config, counters: Arc::default() }
+        Self {
+            disk,
+            id: id_bytes,
+            driver_flushes: false,
+            warned: false,
+            warnings: 0,
+            config,
+            counters: Arc::default(),
+        }
     }
 
     /// A disk of 64 KiB in memory, whose sectors hold their own number in every byte.
@@ -141,8 +163,22 @@ impl Block {
             Operation::Flush => self.disk.flush()?,
             Operation::GetId => _ = request.to_guest.write(&self.id),
             Operation::Unsupported => return Err(Failure::Unsupported),
+            Operation::TooLarge => return Err(Failure::Guest),
         }
         Ok(())
+    }
+
+    /// Counts a failure of the host, and tells the operator of the first.
+    fn host_failed(&mut self, error: &std::io::Error) {
+        Counters::add(&self.counters.host_errors, 1);
+        let path = self.disk.path().display();
+        if self.warned || self.warnings == MAX_WARNINGS {
+            return tracing::debug!("disk '{path}': {error}");
+        }
+        (self.warned, self.warnings) = (true, self.warnings + 1);
+        tracing::warn!(
+            "disk '{path}': {error}; the guest gets I/O errors, and more of them are only counted"
+        );
     }
 
     /// Where on the disk `bytes` bytes from `sector` are, if they are on it at all.
@@ -164,13 +200,12 @@ enum Failure {
     /// It is of a type that this device does not have, which a driver may well try.
     Unsupported,
     /// The host's file failed.
-    Host,
+    Host(std::io::Error),
 }
 
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
-        tracing::debug!(%error, "a disk request failed on the host");
-        Self::Host
+        Self::Host(error)
     }
 }
 
@@ -181,7 +216,11 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         let ro = if self.disk.read_only() { 1 << VIRTIO_BLK_F_RO } else { 0 };
-        1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | ro
+        1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_SIZE_MAX
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | ro
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -198,6 +237,7 @@ impl VirtioDevice for Block {
 
     fn activate(&mut self, features: u64) {
         self.driver_flushes = features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        self.warned = false;
     }
 
     fn process(&mut self, queues: &mut Queues<'_>, queue: u16) -> Progress {
@@ -223,8 +263,8 @@ impl VirtioDevice for Block {
                     queue.count_mistake();
                     Status::IoError
                 }
-                Err(Failure::Host) => {
-                    Counters::add(&self.counters.host_errors, 1);
+                Err(Failure::Host(error)) => {
+                    self.host_failed(&error);
                     Status::IoError
                 }
             };
@@ -244,8 +284,8 @@ impl VirtioDevice for Block {
 fn config_bytes(sectors: u64) -> [u8; 24] {
     let mut bytes = [0; 24];
     bytes[..8].copy_from_slice(&sectors.to_le_bytes());
-    // seg_max: a request's chain also has a header and a status.
-    bytes[12..16].copy_from_slice(&(u32::from(QUEUE_SIZE) - 2).to_le_bytes());
+    bytes[8..12].copy_from_slice(&SIZE_MAX.to_le_bytes());
+    bytes[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
     bytes[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
     bytes
 }

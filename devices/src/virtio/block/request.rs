@@ -5,6 +5,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
 };
 
+use super::MAX_REQUEST;
 use crate::virtio::buffers::Buffers;
 use crate::virtio::queue::{Chain, Head};
 
@@ -27,6 +28,8 @@ pub enum Operation {
     GetId,
     /// Something that the device does not do.
     Unsupported,
+    /// Something with more than [`MAX_REQUEST`] bytes of data.
+    TooLarge,
 }
 
 /// How a request ended.
@@ -72,6 +75,7 @@ impl<'m> Request<'m> {
         let [_, _, _, _, _, _, _, _, sector @ ..] = header;
         let sector = u64::from_le_bytes(sector);
         let operation = match u32::from_le_bytes(kind) {
+            _ if from_guest.len().saturating_add(to_guest.len()) > MAX_REQUEST => Operation::TooLarge,
             VIRTIO_BLK_T_IN => Operation::Read { sector },
             VIRTIO_BLK_T_OUT => Operation::Write { sector },
             VIRTIO_BLK_T_FLUSH => Operation::Flush,
@@ -81,16 +85,23 @@ impl<'m> Request<'m> {
         Ok(Self { operation, from_guest, to_guest, status, head, writable })
     }
 
-    /// Bytes of data to be moved.
+    /// Bytes of data to be moved, [`MAX_REQUEST`] at most.
     pub fn bytes(&self) -> usize {
-        self.from_guest.len() + self.to_guest.len()
+        match self.operation {
+            Operation::TooLarge => 0,
+            _ => self.from_guest.len() + self.to_guest.len(),
+        }
     }
 
     /// Writes the status. What is left of the data is zeroed: the status is the last byte, so the length that
-    /// reports it reports all bytes before it as well (§2.7.8.2).
+    /// reports it reports all bytes before it as well (§2.7.8.2). Of too large a request only the status is
+    /// written, and reported if no data is in front of it.
     pub fn complete(mut self, status: Status) -> (Head, u32) {
-        self.to_guest.zero();
+        let untouched = self.operation == Operation::TooLarge && !self.to_guest.is_empty();
+        if !untouched {
+            self.to_guest.zero();
+        }
         self.status.write(&[status as u8]);
-        (self.head, self.writable)
+        (self.head, if untouched { 0 } else { self.writable })
     }
 }

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
 use super::*;
-use crate::virtio::test_driver::{DATA, Desc, Driver, NEXT, Reply, WRITE};
+use crate::virtio::test_driver::{DATA, Desc, Driver, INDIRECT, NEXT, Reply, WRITE};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -89,6 +89,8 @@ fn the_capacity_is_the_files() {
     let mut bytes = [0; 24];
     crate::model::BusDevice::read(&driver.transport, 0x100, &mut bytes);
     assert_eq!(bytes[..8], SECTORS.to_le_bytes());
+    assert_ne!(driver.offered() & 1 << VIRTIO_BLK_F_SIZE_MAX, 0);
+    assert_eq!(bytes[8..12], (256u32 << 10).to_le_bytes(), "size_max");
     assert_eq!(bytes[12..16], 254u32.to_le_bytes(), "seg_max");
     assert_eq!(bytes[20..], 512u32.to_le_bytes(), "blk_size");
 }
@@ -226,7 +228,7 @@ fn a_file_that_was_cut_short_gives_errors_and_no_old_memory() {
 /// A disk on a character device of the host, for its errors.
 fn odd_disk(path: &str) -> Block {
     let file = File::options().read(true).write(true).open(path).expect(path);
-    Block::new(Disk::on(file.into(), 8, false), "")
+    Block::new(Disk::on(file.into(), Path::new(path), 8, false), "")
 }
 
 #[test]
@@ -234,6 +236,39 @@ fn a_full_host_is_an_error_of_the_request() {
     let mut driver = start(odd_disk("/dev/full"), FLUSH_FEATURE);
     assert_eq!(status(&mut driver, &header(OUT, 0), &[1; 512], 0), IOERR);
     assert_eq!(driver.counters.host_errors.load(Ordering::Relaxed), 1);
+}
+
+/// What `act` logs, with this thread's subscriber.
+fn logged(act: impl FnOnce()) -> String {
+    let file = tempfile::tempfile().expect("temporary file");
+    let writer = file.try_clone().expect("descriptor");
+    let subscriber = tracing_subscriber::fmt().with_ansi(false).without_time().with_writer(writer).finish();
+    tracing::subscriber::with_default(subscriber, act);
+    let mut bytes = vec![0; file.metadata().expect("size").len() as usize];
+    file.read_exact_at(&mut bytes, 0).expect("the log");
+    String::from_utf8(bytes).expect("text")
+}
+
+#[test]
+fn the_operator_hears_once_per_activation_that_the_host_fails() {
+    let mut driver = Driver::new(Box::new(odd_disk("/dev/full")));
+    let turn = |driver: &mut Driver| {
+        driver.start(FLUSH_FEATURE);
+        for sector in 0..3 {
+            assert_eq!(status(driver, &header(OUT, sector), &[1; 512], 0), IOERR);
+        }
+    };
+    let log = logged(|| turn(&mut driver));
+    assert_eq!(log.lines().count(), 1, "{log}");
+    assert!(log.contains("WARN") && log.contains("disk '/dev/full'"), "{log}");
+    assert!(log.contains("No space left on device"), "{log}");
+    let log = logged(|| turn(&mut driver));
+    assert_eq!(log.lines().count(), 1, "a new activation: {log}");
+    assert_eq!(driver.counters.host_errors.load(Ordering::Relaxed), 6);
+    let log = logged(|| (0..50).for_each(|_| turn(&mut driver)));
+    assert_eq!(log.lines().count(), usize::from(MAX_WARNINGS) - 2, "a guest cannot fill the log: {log}");
+    let log = logged(|| _ = status(&mut driver, &header(OUT, 99), &[1; 512], 0));
+    assert_eq!(log, "", "the guest's mistake");
 }
 
 #[test]
@@ -262,6 +297,65 @@ fn one_request_of_250_buffers_goes_through_whole() {
     driver.kick(0);
     assert_eq!(driver.used(0), [(0, 250 * 256 + 1)]);
     assert_eq!(driver.read(DATA + 0x1000, 256), [124; 256]);
+}
+
+/// Posts a request of `kind` by an indirect table: its header, then buffers of the lengths `data`, which all lie
+/// at [`PILE`], with these flags, and a status of its own. Returns the used length and the status.
+fn ask_for_pile(driver: &mut Driver, kind: u32, data: &[u32], flags: u16) -> (u32, u8) {
+    let (table, status) = (DATA + 0x1000, DATA + 0x7000);
+    driver.write(DATA, &header(kind, 0));
+    driver.write(status, &[0xa5]);
+    let mut parts = vec![(DATA, 16, 0)];
+    parts.extend(data.iter().map(|&len| (PILE, len, flags)));
+    parts.push((status, 1, WRITE));
+    let last = parts.len() - 1;
+    let descriptors: Vec<u8> = (0..)
+        .zip(parts)
+        .flat_map(|(i, (addr, len, flags))| {
+            let more = if usize::from(i) < last { NEXT } else { 0 };
+            Desc { addr, len, flags: flags | more, next: i + 1 }.bytes()
+        })
+        .collect();
+    driver.write(table, &descriptors);
+    driver.set_desc(0, 0, Desc { addr: table, len: descriptors.len() as u32, flags: INDIRECT, next: 0 });
+    driver.offer(0, 0);
+    driver.kick(0);
+    let used = driver.used(0);
+    assert_eq!(used.len(), 1);
+    (used[0].1, driver.read(status, 1)[0])
+}
+
+/// Where the buffers of a large request lie on top of each other, and how long the longest are.
+const PILE: u64 = DATA + 0x8000;
+const PIECE: u32 = 512 << 10;
+
+#[test]
+fn a_request_for_more_than_the_limit_gets_its_status_and_nothing_else() {
+    let (mut driver, file) = driver(false, 0);
+    let before = content(&file);
+    let most = vec![PIECE; MAX_REQUEST / PIECE as usize];
+    assert_eq!(
+        ask_for_pile(&mut driver, GET_ID, &most, WRITE),
+        (MAX_REQUEST as u32 + 1, OK),
+        "as much as may be"
+    );
+    let mistakes = |driver: &Driver| driver.counters.guest_mistakes.load(Ordering::Relaxed);
+    assert_eq!(mistakes(&driver), 0);
+    driver.write(PILE, &vec![0xa5; PIECE as usize]);
+    let more = [&most[..], &[1]].concat();
+    // Chains that can name some 4 GiB of a guest's memory have as many buffers.
+    let huge = [PIECE; 1000];
+    for (turn, data) in (0..).zip([&more[..], &huge]) {
+        for (nth, kind) in (1..).zip([IN, GET_ID, FLUSH, 99]) {
+            // Of what is in front of the status nothing was written, so that no length can be told.
+            assert_eq!(ask_for_pile(&mut driver, kind, data, WRITE), (0, IOERR), "type {kind}");
+            assert_eq!(mistakes(&driver), turn * 5 + nth);
+        }
+        assert!(driver.read(PILE, PIECE as usize).iter().all(|&byte| byte == 0xa5));
+        assert_eq!(ask_for_pile(&mut driver, OUT, data, 0), (1, IOERR), "the status is all that is writable");
+    }
+    assert!(content(&file) == before);
+    assert_eq!(status(&mut driver, &header(IN, 0), &[], 512), OK, "the device goes on");
 }
 
 /// An image of `bytes` bytes on the host.

@@ -99,9 +99,10 @@ fn qemu(image: &Image, lab: &Lab, scratch: &Path, console: &Path) -> Result<Chil
         lab.id,
         IDLE.as_secs()
     );
-    let mut qemu = command::words(
-        "qemu-system-x86_64 -accel tcg,thread=multi -M q35 -cpu max -smp 2 -nodefaults -no-reboot",
-    );
+    // One CPU: KVM rewrites the host kernel's code when VMs come and go, and of two emulated CPUs one has been seen to
+    // run into a half-written instruction (int3 in __schedule).
+    let mut qemu =
+        command::words("qemu-system-x86_64 -accel tcg -M q35 -cpu max -smp 1 -nodefaults -no-reboot");
     qemu.args(["-display", "none", "-serial", "stdio", "-m", &MEMORY.to_string()])
         .args(["-append", &append])
         .arg("-kernel")

@@ -6,11 +6,11 @@ use std::process::ExitCode;
 pub const HELP: &str = "\
 Exit status:
   0      the guest rebooted, powered off or triple faulted, or was stopped with Ctrl-A x
-  1      the machine could not be started, or could not go on
+  1      the machine could not be started, or could not go on, or ended before COMMAND did
   2      wrong flags, or a configuration that is not possible
   3      the guest's kernel panicked
   128+N  ended by signal N; 141 (128 + SIGPIPE) when nobody reads standard output any more
-  With `-- COMMAND`, a guest that powers off ends with the exit status of COMMAND.";
+  With `-- COMMAND`, a guest that ends by itself has the exit status of COMMAND.";
 
 /// How the command ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -117,6 +117,14 @@ fn wrong_flags_are_told_with_what_would_be_right() {
     assert_mistake(&fixture.output(&format!("run --kernel k --{words}")), 2, &["33 words"]);
     let nets = " --net tap=t".repeat(18);
     assert_mistake(&fixture.output(&format!("run --kernel k{nets}")), 2, &["17 is the limit"]);
+    // With rng and this project's own root disk, which no file has to be made for to be counted.
+    let nets = " --net tap=t".repeat(16);
+    for dry in ["", "--dry-run"] {
+        let wants = ["18 devices are too many; 17 is the limit", "--no-rootfs"];
+        assert_mistake(&fixture.output(&format!("run {dry} --kernel k{nets}")), 2, &wants);
+        let fits = fixture.output(&format!("run {dry} --no-rootfs --kernel k{nets}"));
+        assert_mistake(&fits, 1, &["cannot open tap 't'"]);
+    }
     let level = fixture.vmm("run --kernel k").env("VMM_LOG", "loud").output().unwrap();
     assert_mistake(&level, 2, &["VMM_LOG=loud", "trace"]);
 }
@@ -156,6 +164,48 @@ fn missing_and_wrong_files_are_told_apart_in_both_a_run_and_a_dry_run() {
         assert_mistake(&fixture.output(&format!("run {root} {arguments} --dry-run")), 1, wants);
     }
     assert_mistake(&fixture.output("run --dry-run --initrd nothing"), 1, &["cannot open initrd 'nothing'"]);
+}
+
+#[test]
+fn a_console_does_not_go_over_what_the_machine_is_made_of() {
+    let fixture = Fixture::new();
+    fs::write(fixture.path("c.json"), "{\"serial\": \"file=c.json\"}").unwrap();
+    fs::hard_link(fixture.path("d"), fixture.path("hard")).unwrap();
+    std::os::unix::fs::symlink("k", fixture.path("soft")).unwrap();
+    for (arguments, wants) in [
+        ("--kernel k --serial file=k", &["'k'", "the machine's kernel", "give --serial another file"][..]),
+        ("--kernel k --serial file=soft", &["'soft'", "the machine's kernel"]),
+        ("--kernel k --initrd text --serial file=text", &["the machine's initrd"]),
+        ("--kernel k --disk d --serial file=hard", &["the machine's disk 'd'"]),
+        ("--kernel k --rootfs d --serial file=./d", &["the machine's disk 'd'"]),
+        ("--kernel k --config c.json", &["the machine's configuration"]),
+    ] {
+        let root = if arguments.contains("--rootfs") { "" } else { "--no-rootfs" };
+        for dry in ["", "--dry-run"] {
+            let files = ["k", "d", "text", "c.json"];
+            let before = files.map(|name| fs::read(fixture.path(name)).unwrap());
+            assert_mistake(&fixture.output(&format!("run {root} {dry} {arguments}")), 2, wants);
+            assert!(files.map(|name| fs::read(fixture.path(name)).unwrap()) == before, "{arguments}");
+        }
+    }
+}
+
+#[test]
+fn a_dry_run_does_not_wait_for_a_reader_of_the_console() {
+    let fixture = Fixture::new();
+    rustix::fs::mknodat(rustix::fs::CWD, fixture.path("fifo"), rustix::fs::FileType::Fifo, 0o644.into(), 0)
+        .unwrap();
+    let arguments = "run --dry-run --kernel k --serial file=fifo";
+    let output = Command::new("timeout")
+        .args(["60", env!("CARGO_BIN_EXE_vmm")])
+        .args(arguments.split(' '))
+        .current_dir(fixture.dir.path())
+        .output()
+        .unwrap();
+    assert_mistake(&output, 1, &["cannot write the console to 'fifo'", "it is a FIFO that nobody reads"]);
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK;
+    let _reader = rustix::fs::open(fixture.path("fifo"), flags, rustix::fs::Mode::empty()).unwrap();
+    fixture.prints(arguments);
 }
 
 /// `vmm` as a user who is not root, from a copy that such a user can execute.

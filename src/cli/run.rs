@@ -6,6 +6,7 @@ mod quote;
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::io::Write;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,7 +14,8 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args};
-use vmm_core::config::{BootProtocol, ConfigError, SerialConfig};
+use rustix::io::Errno;
+use vmm_core::config::{BootProtocol, SerialConfig};
 use vmm_core::console::WhenFull;
 use vmm_core::devices::size::ByteSize;
 use vmm_core::devices::virtio::block;
@@ -151,21 +153,22 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     logging::start(args.verbose, args.quiet)?;
     let file = args.config.as_deref().map(config_file::load).transpose()?.unwrap_or_default();
     let mut config = config::merge(args, file)?;
-    if args.dry_run {
-        return dry_run(config);
-    }
-    match config.validate() {
-        Ok(()) | Err(ConfigError::NoKernel) => {}
-        Err(error) => return Err(error.into()),
-    }
-    images::provide_kernel(&mut config, args.quiet)?;
+    config::spare_own_files(&config, args.config.as_deref())?;
     let own_root = !args.no_rootfs && images::wants_root(&config);
-    let root = own_root.then(|| images::provide_root(&mut config, args.quiet)).transpose()?;
     let interactive = config.serial == SerialConfig::Stdio;
-    if interactive && let Some((columns, lines)) = terminal::size() {
+    if !args.dry_run
+        && interactive
+        && let Some((columns, lines)) = terminal::size()
+    {
         // A serial line does not tell its size. Linux hands this to init as environment, and ours acts on it.
         config::append_first(&mut config, &format!("COLUMNS={columns} LINES={lines}"));
     }
+    config::validate(&config, own_root)?;
+    if args.dry_run {
+        return dry_run(config);
+    }
+    images::provide_kernel(&mut config, args.quiet)?;
+    let root = own_root.then(|| images::provide_root(&mut config, args.quiet)).transpose()?;
     let signals = SignalThread::start()?;
     let vm = Arc::new(Vm::builder(config).console_when_full(WhenFull::Wait).build()?);
     // The machine has a descriptor of its own.
@@ -175,7 +178,7 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     if args.timings {
         print_timings(&vm, start, stopped);
     }
-    status(&ended, if args.command.is_empty() { None } else { vm.exit_status() })
+    status(&ended, (!args.command.is_empty()).then(|| vm.exit_status()))
 }
 
 /// Checks what can be checked without making anything, and prints the configuration.
@@ -191,7 +194,12 @@ fn dry_run(config: VmConfig) -> anyhow::Result<ExitStatus> {
 
 /// Whether a file can be written or made at `path`; neither is done.
 fn check_writable(path: &Path) -> std::io::Result<()> {
-    match OpenOptions::new().write(true).open(path) {
+    // Opening a FIFO waits for somebody who reads it; like this it fails when there is nobody.
+    let nonblock = rustix::fs::OFlags::NONBLOCK.bits() as i32;
+    match OpenOptions::new().write(true).custom_flags(nonblock).open(path) {
+        Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) && is_fifo(path) => {
+            Err(std::io::Error::other("it is a FIFO that nobody reads"))
+        }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
             Ok(rustix::fs::access(dir, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)?)
@@ -200,9 +208,13 @@ fn check_writable(path: &Path) -> std::io::Result<()> {
     }
 }
 
+fn is_fifo(path: &Path) -> bool {
+    path.metadata().is_ok_and(|meta| meta.file_type().is_fifo())
+}
+
 /// How the command ends when a guest has ended like this. `command`: exit status of the command that it was
-/// started for.
-fn status(ended: &Ended, command: Option<u8>) -> anyhow::Result<ExitStatus> {
+/// started for, if it was, and if its init has reported one.
+fn status(ended: &Ended, command: Option<Option<u8>>) -> anyhow::Result<ExitStatus> {
     Ok(match (&ended.reason, &ended.cause) {
         (StopReason::Failed(why), _) => return Err(anyhow!("{why}")),
         (StopReason::GuestPanic, _) => {
@@ -212,9 +224,15 @@ fn status(ended: &Ended, command: Option<u8>) -> anyhow::Result<ExitStatus> {
         (_, Some(Cause::Signal(number))) => ExitStatus::Signal(*number),
         (_, Some(Cause::OutputClosed)) => ExitStatus::SIGPIPE,
         (_, Some(Cause::OutputFailed(why))) => return Err(anyhow!("cannot write to standard output: {why}")),
-        (StopReason::GuestReset | StopReason::GuestPowerOff, None) => {
-            command.map_or(ExitStatus::Success, ExitStatus::Command)
-        }
+        (StopReason::GuestReset | StopReason::GuestPowerOff, None) => match command {
+            None => ExitStatus::Success,
+            Some(Some(status)) => ExitStatus::Command(status),
+            Some(None) => {
+                return Err(anyhow!(
+                    "the guest ended before it said how the command ended; is its init vmm's own?"
+                ));
+            }
+        },
         (_, Some(Cause::Key)) | (StopReason::Requested, None) => ExitStatus::Success,
     })
 }

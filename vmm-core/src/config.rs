@@ -31,7 +31,7 @@ pub struct VmConfig {
     /// Kernel command line in place of [`DEFAULT_CMDLINE`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cmdline: Option<String>,
-    /// What to add to the kernel command line. After ` -- ` it goes to the guest's init.
+    /// What to add to the kernel command line. After a word `--` it goes to the guest's init.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub append: Option<String>,
     /// How the kernel is entered.
@@ -167,19 +167,23 @@ impl VmConfig {
     /// each device add, then [`Self::append`].
     pub fn kernel_command_line(&self, devices: &[String]) -> Result<String, ConfigError> {
         let base = self.cmdline.as_deref().unwrap_or(DEFAULT_CMDLINE);
-        // What follows ` -- ` belongs to init, so parameters go before it.
-        let (base, init_args) = match base.split_once(" -- ") {
-            Some((base, args)) => (base, Some(args)),
-            None => (base, None),
-        };
+        // Parameters go before the arguments of init.
+        let (base, base_args) = split_command_line(base);
+        let (append, append_args) = split_command_line(self.append.as_deref().unwrap_or_default());
+        let init_args = base_args.or(append_args);
+        let more = init_args.is_some_and(|args| split_command_line(args).1.is_some());
+        if more || base_args.and(append_args).is_some() {
+            let problem = "has more than one '--' before arguments of init; leave one in".into();
+            return Err(ConfigError::Cmdline { problem });
+        }
         let mut words = vec![base.trim().to_owned()];
         for (i, device) in self.devices.iter().enumerate() {
             let nth = self.devices[..i].iter().filter(|other| other.kind() == device.kind()).count();
             words.extend(device.kernel_parameters(nth));
         }
         words.extend(devices.iter().cloned());
-        words.extend(self.append.as_deref().map(|append| append.trim().to_owned()));
-        words.extend(init_args.map(|args| format!("-- {args}")));
+        words.push(append.trim().to_owned());
+        words.extend(init_args.filter(|args| !args.is_empty()).map(|args| format!("-- {args}")));
         words.retain(|word| !word.is_empty());
         let line = words.join(" ");
         let problem = if line.len() >= layout::CMDLINE_MAX {
@@ -191,6 +195,26 @@ impl VmConfig {
         };
         Err(ConfigError::Cmdline { problem })
     }
+}
+
+/// Splits a kernel command line at its first word `--`: the kernel's parameters, and the arguments of init if there
+/// is such a word. Words are what Linux' `next_arg` (lib/cmdline.c) makes of it: white space in double quotes does
+/// not end one, and quotes around a whole word do not belong to it.
+pub fn split_command_line(line: &str) -> (&str, Option<&str>) {
+    let (mut start, mut quoted) = (0, false);
+    // Bytes, as in Linux, to which 0xa0 is white space even inside of a character. No `--` is.
+    for (at, byte) in line.bytes().chain([b' ']).enumerate() {
+        quoted ^= byte == b'"';
+        let space = matches!(byte, b'\t'..=b'\r' | b' ' | 0xa0);
+        if at < line.len() && (!space || quoted) {
+            continue;
+        }
+        if matches!(&line.as_bytes()[start..at], b"--" | b"\"--\"") {
+            return (&line[..start], Some(line[at..].trim()));
+        }
+        start = at + 1;
+    }
+    (line, None)
 }
 
 #[cfg(test)]
@@ -231,6 +255,49 @@ mod tests {
         };
         let line = config.kernel_command_line(&["virtio_mmio.device=4K@0xd0000000:5".into()]).unwrap();
         assert_eq!(line, "console=ttyS0 virtio_mmio.device=4K@0xd0000000:5 quiet -- sh");
+        for (cmdline, append, want) in [
+            ("a --", "b", Ok("a D b")),
+            ("a", "b -- c  d", Ok("a D b -- c  d")),
+            ("-- c", "", Ok("D -- c")),
+            ("x=\"1 -- 2\"", "b -- c", Ok("x=\"1 -- 2\" D b -- c")),
+            ("a -- \"b -- c\"", "", Ok("a D -- \"b -- c\"")),
+            ("a -- b", "-- c", Err(())),
+            ("a -- b -- c", "", Err(())),
+        ] {
+            let config = VmConfig {
+                cmdline: Some(cmdline.into()),
+                append: Some(append.into()),
+                ..VmConfig::default()
+            };
+            let line = config.kernel_command_line(&["D".into()]);
+            let line =
+                line.map_err(|error| assert!(error.to_string().contains("more than one '--'"), "{error}"));
+            assert_eq!(
+                line.as_deref(),
+                want.as_ref().map(|line| *line).map_err(|()| &()),
+                "{cmdline} {append}"
+            );
+        }
+    }
+
+    #[test]
+    fn command_lines_are_split_where_the_kernel_splits_them() {
+        for (line, want) in [
+            ("", ("", None)),
+            ("quiet", ("quiet", None)),
+            ("quiet -- sh -c", ("quiet ", Some("sh -c"))),
+            ("-- sh", ("", Some("sh"))),
+            ("quiet --", ("quiet ", Some(""))),
+            ("quiet\t--\u{b}sh", ("quiet\t", Some("sh"))),
+            ("\"--\" sh", ("", Some("sh"))),
+            ("x=\"a -- b\"", ("x=\"a -- b\"", None)),
+            ("\"a -- b\" -- c -- d", ("\"a -- b\" ", Some("c -- d"))),
+            ("a--b --c d-- --=e", ("a--b --c d-- --=e", None)),
+            ("x=\"a -- b", ("x=\"a -- b", None)),
+            ("\u{e0}-- \u{e0} --", ("\u{e0}", Some("\u{e0} --"))),
+        ] {
+            assert_eq!(split_command_line(line), want, "{line}");
+        }
     }
 
     #[test]

@@ -1,8 +1,11 @@
 //! From flags and a configuration file to one machine.
 
+use std::fs;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use vmm_core::VmConfig;
+use vmm_core::config::{ConfigError, SerialConfig, split_command_line};
 use vmm_core::devices::params::{self, ParamError};
 use vmm_core::devices::registry::{DeviceConfig, KINDS};
 use vmm_core::devices::virtio::block;
@@ -85,16 +88,63 @@ pub fn append_first(config: &mut VmConfig, parameters: &str) {
     config.append = Some(format!("{parameters} {append}").trim_end().into());
 }
 
+/// Checks what can be checked without opening anything. `own_root`: it gets this project's own root disk, too.
+pub fn validate(config: &VmConfig, own_root: bool) -> anyhow::Result<()> {
+    let mut whole = config.clone();
+    if own_root {
+        // Nothing that is checked depends on where its image will be.
+        whole.devices.insert(0, default_root_disk(Path::new("rootfs")));
+    }
+    match whole.validate() {
+        Ok(()) | Err(ConfigError::NoKernel) => Ok(()),
+        Err(error @ ConfigError::TooManyDevices { .. }) if own_root => Err(UsageError(format!(
+            "{error}, and one is this project's own root disk; --no-rootfs leaves it out"
+        ))
+        .into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Refuses a file for the console that the machine is made of, because the console's is emptied. `file`: that
+/// of the configuration.
+pub fn spare_own_files(config: &VmConfig, file: Option<&Path>) -> Result<(), UsageError> {
+    let SerialConfig::File(console) = &config.serial else { return Ok(()) };
+    let disks = config.devices.iter().filter_map(|device| match device {
+        DeviceConfig::Disk(disk) => Some((format!("disk '{}'", disk.path.display()), disk.path.as_path())),
+        _ => None,
+    });
+    let files =
+        [("kernel", config.kernel.as_deref()), ("initrd", config.initrd.as_deref()), ("configuration", file)];
+    let files = files.into_iter().filter_map(|(what, path)| Some((what.to_owned(), path?)));
+    let Some(ours) = identity(console) else { return Ok(()) };
+    match files.chain(disks).find(|(_, path)| identity(path) == Some(ours)) {
+        None => Ok(()),
+        Some((what, _)) => Err(UsageError(format!(
+            "the console would overwrite '{}', which is the machine's {what}; give --serial another file",
+            console.display()
+        ))),
+    }
+}
+
+/// What two names of one file or block device have in common; `None` for what cannot be overwritten.
+fn identity(path: &Path) -> Option<(bool, u64, u64)> {
+    let meta = fs::metadata(path).ok()?;
+    match meta.file_type() {
+        kind if kind.is_file() => Some((true, meta.dev(), meta.ino())),
+        kind if kind.is_block_device() => Some((false, meta.rdev(), 0)),
+        _ => None,
+    }
+}
+
 /// Puts the command behind ` -- ` on the kernel command line.
 fn add_command(args: &RunArgs, config: &mut VmConfig) -> Result<(), UsageError> {
     if args.command.is_empty() {
         return Ok(());
     }
     let taken = [&config.cmdline, &config.append];
-    if taken.into_iter().flatten().any(|line| quote::has_init_arguments(line)) {
+    if taken.into_iter().flatten().any(|line| split_command_line(line).1.is_some()) {
         return Err(UsageError(
-            "the kernel command line already says what init runs; leave out its ' -- ', or the command"
-                .into(),
+            "the kernel command line already says what init runs; leave out its '--', or the command".into(),
         ));
     }
     let command = quote::init_arguments(&args.command)?;

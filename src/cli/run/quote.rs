@@ -7,16 +7,6 @@ use crate::exit::UsageError;
 /// Words that the kernel hands to init; with one more it panics (CONFIG_INIT_ENV_ARG_LIMIT).
 const MAX_WORDS: usize = 32;
 
-/// Whether `line` has arguments for init.
-pub fn has_init_arguments(line: &str) -> bool {
-    let mut quoted = false;
-    let unquoted = |c: char| {
-        quoted ^= c == '"';
-        c.is_ascii_whitespace() && !quoted
-    };
-    line.split(unquoted).any(|word| word == "--")
-}
-
 /// `words` as one text that the kernel splits into the same words.
 pub fn init_arguments(words: &[OsString]) -> Result<String, UsageError> {
     if words.len() > MAX_WORDS {
@@ -82,18 +72,5 @@ mod tests {
         }
         assert!(arguments(&["x"; 32]).is_ok());
         assert!(arguments(&["x"; 33]).unwrap_err().contains("33 words"));
-    }
-
-    #[test]
-    fn arguments_for_init_are_seen() {
-        for (line, has) in [
-            ("quiet", false),
-            ("quiet -- sh", true),
-            ("-- sh", true),
-            ("a=\"x -- y\"", false),
-            ("a--b", false),
-        ] {
-            assert_eq!(has_init_arguments(line), has, "{line}");
-        }
     }
 }

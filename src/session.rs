@@ -129,12 +129,12 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<()>
 }
 
 impl Session {
-    /// Ends the guest at once. The first cause is the one that counts.
+    /// Ends the guest at once, without waiting until it has ended. The first cause is the one that counts.
     fn end(&self, cause: Cause) {
         _ = self.cause.set(cause);
         // It fails only when the main thread is on its way out.
         _ = self.events.send(Event::Hurry);
-        self.vm.stop();
+        self.vm.request_stop();
     }
 
     /// The thread that writes the guest's console to standard output.
@@ -197,11 +197,18 @@ impl Session {
 }
 
 fn serve_signals(signals: &Signals, session: &OnceLock<Arc<Session>>) {
+    let mut ending = false;
     while let Ok(request) = signals.wait() {
         match (request, session.get()) {
-            (Request::End(number), Some(session)) => session.end(Cause::Signal(number)),
-            // There is no machine yet, and so nothing to take down.
-            (Request::End(number), None) => signals.die(number),
+            (Request::End(number), Some(session)) if !ending => {
+                ending = true;
+                session.end(Cause::Signal(number));
+            }
+            // There is no machine yet, or somebody does not want to wait until it is taken down.
+            (Request::End(number), _) => {
+                terminal::release();
+                signals.die(number);
+            }
             (Request::Stop, _) => {
                 terminal::restore();
                 signals.stop_process();

@@ -10,6 +10,9 @@ const AWAITED: [libc::c_int; 6] =
 /// A background process that reads or configures the terminal gets these and stops. With them blocked, reading
 /// fails instead and configuring succeeds: a guest goes on in the background.
 const TERMINAL: [libc::c_int; 2] = [libc::SIGTTIN, libc::SIGTTOU];
+/// Whoever writes more to a file than `ulimit -f` allows gets this and dies. With it blocked, the write fails like
+/// one to a full disk.
+const FILE_LIMIT: libc::c_int = libc::SIGXFSZ;
 
 /// The signals that are blocked and waited for.
 pub struct Signals {
@@ -33,7 +36,7 @@ impl Signals {
     pub fn block() -> Self {
         let awaited = set(AWAITED.into_iter().filter(|signal| !ignored(*signal)));
         change_mask(libc::SIG_BLOCK, &awaited);
-        change_mask(libc::SIG_BLOCK, &set(TERMINAL.into_iter()));
+        change_mask(libc::SIG_BLOCK, &set(TERMINAL.into_iter().chain([FILE_LIMIT])));
         Self { awaited }
     }
 

@@ -50,9 +50,14 @@ impl Terminal {
 
 impl Drop for Terminal {
     fn drop(&mut self) {
-        state().owned = false;
-        restore();
+        release();
     }
+}
+
+/// Gives the terminal back as it was, for good.
+pub fn release() {
+    state().owned = false;
+    restore();
 }
 
 /// Columns and lines of the terminal at standard input, if it is one that knows.

@@ -98,6 +98,54 @@ fn pid(child: &Child) -> Pid {
     Pid::from_child(child)
 }
 
+#[track_caller]
+fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let start = std::time::Instant::now();
+    while !done() {
+        assert!(start.elapsed() < DEADLINE, "never: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Waits for the end; one that does not come leaves nothing running.
+#[track_caller]
+fn end(child: &mut Child) -> ExitStatus {
+    let start = std::time::Instant::now();
+    loop {
+        match child.try_wait().unwrap() {
+            Some(status) => return status,
+            None if start.elapsed() > DEADLINE => {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                panic!("it does not end");
+            }
+            None => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+/// Whether a write to `pipe` would wait.
+fn is_full(pipe: &OwnedFd) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    poll(&mut [PollFd::new(pipe, PollFlags::OUT)], Some(&Timespec::default())).unwrap() == 0
+}
+
+/// A pipe that takes nothing more: its ends for reading and writing.
+fn full_pipe() -> (OwnedFd, OwnedFd) {
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    while !is_full(&write) {
+        rustix::io::write(&write, &[b'.'; 4096]).unwrap();
+    }
+    (read, write)
+}
+
+/// Whether all threads of a process wait for something.
+fn sleeps(child: &Child) -> bool {
+    let stat = |task: fs::DirEntry| fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+    let mut tasks = fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+    tasks.all(|task| stat(task.unwrap()).rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('S')))
+}
+
 /// A program whose controlling terminal is ours.
 struct OnTerminal {
     child: Child,
@@ -109,6 +157,11 @@ struct OnTerminal {
 
 impl OnTerminal {
     fn start(arguments: &[String]) -> Self {
+        Self::start_with(arguments, None)
+    }
+
+    /// With its standard output there, and not on the terminal.
+    fn start_with(arguments: &[String], stdout: Option<Stdio>) -> Self {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let master = openpt(flags).unwrap();
         grantpt(&master).unwrap();
@@ -117,7 +170,8 @@ impl OnTerminal {
         let before = tcgetattr(&slave).unwrap();
         let end = || Stdio::from(slave.try_clone().unwrap());
         let mut command = Command::new("setsid");
-        command.arg("--ctty").args(arguments).stdin(end()).stdout(end()).stderr(end());
+        command.arg("--ctty").args(arguments).stdin(end()).stderr(end());
+        command.stdout(stdout.unwrap_or_else(end));
         let child = command.spawn().unwrap();
         let seen: Arc<(Mutex<Vec<u8>>, Condvar)> = Arc::default();
         let (mut reader, reading) = (File::from(master.try_clone().unwrap()), seen.clone());
@@ -154,17 +208,13 @@ impl OnTerminal {
 
     #[track_caller]
     fn wait_until(&self, what: &str, done: impl Fn(&Self) -> bool) {
-        let start = std::time::Instant::now();
-        while !done(self) {
-            assert!(start.elapsed() < DEADLINE, "never: {what}");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_until(what, || done(self));
     }
 
     /// Waits for the end; the terminal is as it was.
     #[track_caller]
     fn end(mut self) -> ExitStatus {
-        let status = self.child.wait().unwrap();
+        let status = end(&mut self.child);
         let after = tcgetattr(&self.slave).unwrap();
         assert_eq!(format!("{after:?}"), format!("{:?}", self.before), "the terminal is not restored");
         status
@@ -211,6 +261,18 @@ fn ctrl_a_x_works_on_a_guest_that_does_not_listen() {
     for _ in 0..64 {
         terminal.send(&[b'.'; 1024]);
     }
+    terminal.send(b"\x01x");
+    assert_eq!(terminal.end().code(), Some(0));
+}
+
+#[test]
+fn ctrl_a_x_works_while_nobody_reads_the_output() {
+    let Some(guest) = Guest::new(&flood()) else { return };
+    let (_read, write) = rustix::pipe::pipe().unwrap();
+    let mut terminal = OnTerminal::start_with(&guest.arguments(), Some(write.try_clone().unwrap().into()));
+    terminal.expect("Ctrl-A x stops it");
+    wait_until("a guest that waits for a reader", || is_full(&write) && sleeps(&terminal.child));
+    terminal.send(b"k");
     terminal.send(b"\x01x");
     assert_eq!(terminal.end().code(), Some(0));
 }
@@ -337,6 +399,56 @@ fn a_flood_that_nobody_reads_does_not_keep_a_signal_from_ending_it() {
     stdout.read_exact(&mut [0; 3]).unwrap();
     kill_process(pid(&child), Signal::TERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(143));
+}
+
+#[test]
+fn a_second_signal_does_not_wait_for_what_keeps_the_first_from_its_end() {
+    let Some(guest) = Guest::new(&idle()) else { return };
+    // Nobody reads standard error, to which the timings go in the end.
+    let (_read, stderr) = full_pipe();
+    let mut child = guest.command().arg("--timings").stderr(stderr).spawn().unwrap();
+    child.stdout.as_mut().unwrap().read_exact(&mut [0; 3]).unwrap();
+    kill_process(pid(&child), Signal::TERM).unwrap();
+    // Two that are pending at once are one.
+    wait_until("the first signal is taken", || {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:")).unwrap();
+        pending.trim().bytes().all(|digit| digit == b'0')
+    });
+    kill_process(pid(&child), Signal::TERM).unwrap();
+    assert_eq!(end(&mut child).signal(), Some(Signal::TERM.as_raw()));
+}
+
+#[test]
+fn a_limit_on_files_is_a_full_disk() {
+    let Some(guest) = Guest::new(&Micro::new().print(&"much too much ".repeat(100)).reset()) else { return };
+    let run = |more: &str| {
+        let script = format!("ulimit -f 1; exec \"$@\" {more}");
+        let mut command = Command::new("sh");
+        command.args(["-c", &script, "sh"]).args(guest.arguments()).current_dir(guest.dir.path());
+        command.stdin(Stdio::null()).output().unwrap()
+    };
+    let output = run("--serial file=log");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let written = fs::metadata(guest.dir.path().join("log")).unwrap().len();
+    assert!((1..1400).contains(&written), "{written} bytes");
+    let output = run(">out");
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(said, "vmm: cannot write to standard output: File too large\n");
+}
+
+#[test]
+fn a_guest_that_ends_before_its_command_is_no_success() {
+    // The first resets itself, the second triple faults.
+    for micro in [Micro::new().reset(), Micro::new().raw(&[0x0f, 0x0b])] {
+        let Some(guest) = Guest::new(&micro) else { return };
+        let output = guest.command().args(["--", "true"]).output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.starts_with("vmm: the guest ended before it said how the command ended;"), "{said}");
+        assert_eq!(guest.command().status().unwrap().code(), Some(0), "no command, no complaint");
+    }
 }
 
 #[test]

@@ -1,18 +1,23 @@
 //! Two guests in one process: reads both consoles, stops one guest, waits for the other.
 //!
-//! `cargo run -p vmm-core --example embed -- KERNEL [INITRD]`: the guest is expected to end by itself.
+//! `cargo run -p vmm-core --example embed -- KERNEL INITRD '-- echo hello'`: the guest has to end by itself, as ours
+//! does after its command.
 
 use std::error::Error;
 use std::io::Read;
-use std::path::PathBuf;
 use std::thread;
 
 use vmm_core::{Vm, VmConfig};
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut args = std::env::args_os().skip(1).map(PathBuf::from);
-    let kernel = args.next().ok_or("usage: embed KERNEL [INITRD]")?;
-    let config = VmConfig { kernel: Some(kernel), initrd: args.next(), ..VmConfig::default() };
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [kernel, initrd, append] = &args[..] else { return Err("usage: embed KERNEL INITRD APPEND".into()) };
+    let config = VmConfig {
+        kernel: Some(kernel.into()),
+        initrd: Some(initrd.into()),
+        append: Some(append.clone()),
+        ..VmConfig::default()
+    };
 
     let guests = [Vm::builder(config.clone()).build()?, Vm::builder(config).build()?];
     let mut readers = Vec::new();
@@ -31,7 +36,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("guest 1: {}", second.wait());
     for reader in readers {
         let (i, text) = reader.join().map_err(|_| "a console reader panicked")??;
-        println!("guest {i} wrote {} bytes", text.len());
+        println!("guest {i} wrote {} lines", text.lines().count());
     }
     Ok(())
 }

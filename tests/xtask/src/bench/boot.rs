@@ -1,15 +1,17 @@
 //! How long a Linux guest takes: process start, init, reboot, process end.
 
+use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use harness::{Kernel, binaries, local_kvm};
 
 use super::measure::{Subject, interleave, median};
 use super::qemu;
 use super::table::Table;
 
-const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=t panic=-1 root=/dev/vda ro -- reboot -f";
+/// What every guest is told, before and after what says where its devices are.
+const COMMAND_LINE: [&str; 2] = ["console=ttyS0 quiet reboot=t panic=-1 root=/dev/vda ro", "-- reboot -f"];
 
 /// Measures `runs` boots of each program, with the same kernel and the same disk.
 pub fn run(runs: usize) -> Result<Table> {
@@ -19,21 +21,28 @@ pub fn run(runs: usize) -> Result<Table> {
     let vmm = binaries::release()?.display().to_string();
     let ours = |name: &str, more: &str| {
         let arguments = format!("run --memory 128M -q --kernel {kernel} --rootfs {disk},ro --cmdline {more}");
-        Subject::new(name, &vmm, arguments.trim_end()).arg(COMMAND_LINE)
+        Subject::new(name, &vmm, arguments.trim_end()).arg(COMMAND_LINE.join(" "))
     };
     let drive = format!(
         "-drive file={disk},format=raw,readonly=on,if=none,id=root -device virtio-blk-device,drive=root"
     );
     let rng = "-object rng-random,id=r,filename=/dev/urandom -device virtio-rng-device,rng=r";
-    let theirs = |name: &str, machine: &str| -> Result<Subject> {
+    let theirs = |name: &str, machine: &str, devices: &str| -> Result<Subject> {
         let arguments = format!("-kernel {kernel} {drive} {rng} -append");
-        Ok(qemu::microvm(name, true, machine, &arguments)?.arg(COMMAND_LINE))
+        let [before, after] = COMMAND_LINE;
+        Ok(qemu::microvm(name, true, machine, &arguments)?.arg(format!("{before} {devices} {after}")))
     };
     let subjects = [
         ours("vmm", ""),
-        theirs("QEMU microvm", ",acpi=off,pit=on,pic=on")?,
-        theirs("QEMU microvm with ACPI", ",acpi=on,pit=off,pic=off")?,
+        theirs("QEMU microvm", qemu::WITHOUT_ACPI, qemu::TWO_DEVICES)?,
+        theirs("QEMU microvm with ACPI", ",acpi=on,pit=off,pic=off", "")?,
     ];
+    for subject in &subjects {
+        let output =
+            qemu::with_serial_on_stdout(subject.clone()).command().stdout(Stdio::piped()).output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        ensure!(text.contains("user space reached"), "{} does not boot: {text}", subject.name);
+    }
     let costs = interleave(&subjects, runs)?;
     let title =
         format!("boot: process start, init, guest reboot, process end; 1 vCPU, 128 MiB, medians of {runs}");
@@ -47,7 +56,7 @@ fn phases(subject: &Subject, runs: usize) -> Result<Vec<String>> {
     let mut names: Vec<String> = Vec::new();
     let mut times: Vec<Vec<u64>> = Vec::new();
     for _ in 0..runs {
-        let output = subject.command().arg("--timings").stderr(std::process::Stdio::piped()).output()?;
+        let output = subject.command().arg("--timings").stderr(Stdio::piped()).output()?;
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         // Lines of the form `MILLISECONDS ms  NAME`.
         let lines = text.lines().filter_map(|line| {

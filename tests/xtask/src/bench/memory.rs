@@ -12,7 +12,8 @@ use super::qemu;
 use super::table::Table;
 
 const RAM_KIB: u64 = 128 << 10;
-const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=t panic=-1 root=/dev/vda ro -- sleep 1000";
+/// What every guest is told, before and after what says where its devices are.
+const COMMAND_LINE: [&str; 2] = ["console=ttyS0 quiet reboot=t panic=-1 root=/dev/vda ro", "-- sleep 1000"];
 
 /// Resident memory of one process in KiB, guest RAM left out.
 #[derive(Clone, Copy, Debug, Default)]
@@ -21,22 +22,42 @@ struct Resident {
     file: u64,
 }
 
+/// One mapping of a process: its range, and KiB of it.
+#[derive(Clone, Copy, Debug)]
+struct Mapping {
+    start: u64,
+    end: u64,
+    rss: u64,
+    anonymous: u64,
+}
+
 impl Resident {
-    /// Adds up the mappings of `pid`. Guest RAM is the one anonymous mapping of at least its size.
+    /// Adds up the mappings of `pid`. Guest RAM is the one run of adjacent mappings that is at least as large; advice
+    /// on a part of it splits it up.
     fn of(pid: u32) -> Result<Self> {
         let text = std::fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-        let mut all = Self::default();
-        let mut size = 0;
-        let mut rss = 0;
+        let mut mappings: Vec<Mapping> = Vec::new();
         for line in text.lines() {
-            let value = |name: &str| -> Option<u64> {
-                line.strip_prefix(name)?.trim().strip_suffix(" kB")?.trim().parse().ok()
-            };
-            size = value("Size:").unwrap_or(size);
-            rss = value("Rss:").unwrap_or(rss);
-            if let (Some(anonymous), true) = (value("Anonymous:"), size < RAM_KIB) {
-                all.anonymous += anonymous;
-                all.file += rss - anonymous;
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let address = |text: &str| u64::from_str_radix(text, 16).ok();
+            if let Some((Some(start), Some(end))) =
+                words[0].split_once('-').map(|(start, end)| (address(start), address(end)))
+            {
+                mappings.push(Mapping { start, end, rss: 0, anonymous: 0 });
+            } else if let (Some(mapping), [name, kib, "kB"]) = (mappings.last_mut(), &words[..]) {
+                match *name {
+                    "Rss:" => mapping.rss = kib.parse()?,
+                    "Anonymous:" => mapping.anonymous = kib.parse()?,
+                    _ => {}
+                }
+            }
+        }
+        let mut all = Self::default();
+        for run in mappings.chunk_by(|a, b| a.end == b.start) {
+            let size: u64 = run.iter().map(|mapping| mapping.end - mapping.start).sum();
+            for mapping in run.iter().filter(|_| size >> 10 < RAM_KIB) {
+                all.anonymous += mapping.anonymous;
+                all.file += mapping.rss - mapping.anonymous;
             }
         }
         Ok(all)
@@ -50,13 +71,14 @@ pub fn run(runs: usize) -> Result<Table> {
     let disk = harness::demo_image()?.display().to_string();
     let vmm = binaries::release()?;
     let arguments = format!("run --memory 128M -q --kernel {kernel} --rootfs {disk},ro --cmdline");
-    let ours = Subject::new("vmm", &vmm.display().to_string(), &arguments).arg(COMMAND_LINE);
+    let ours = Subject::new("vmm", &vmm.display().to_string(), &arguments).arg(COMMAND_LINE.join(" "));
     let arguments = format!(
-        "-kernel {kernel} -drive file={disk},format=raw,readonly=on,if=none,id=root \
-         -device virtio-blk-device,drive=root -append"
+        "-kernel {kernel} -drive file={disk},format=raw,readonly=on,if=none,id=root -device \
+         virtio-blk-device,drive=root -object rng-random,id=r,filename=/dev/urandom -device virtio-rng-device,rng=r -append"
     );
-    let theirs = qemu::microvm("QEMU microvm", true, ",acpi=off,pit=on,pic=on", &arguments)?;
-    let theirs = with_serial_on_stdout(theirs).arg(COMMAND_LINE);
+    let [before, after] = COMMAND_LINE;
+    let theirs = qemu::microvm("QEMU microvm", true, qemu::WITHOUT_ACPI, &arguments)?;
+    let theirs = qemu::with_serial_on_stdout(theirs).arg(format!("{before} {} {after}", qemu::TWO_DEVICES));
     let mut table = Table::new(
         format!("memory: resident besides 128 MiB of guest RAM, 1 vCPU, init runs, medians of {runs}"),
         &["anonymous KiB", "file KiB", "all KiB"],
@@ -71,11 +93,6 @@ pub fn run(runs: usize) -> Result<Table> {
     }
     table.notes.push(format!("binary: {} KiB, static and stripped", std::fs::metadata(&vmm)?.len() >> 10));
     Ok(table)
-}
-
-fn with_serial_on_stdout(subject: Subject) -> Subject {
-    let argv = subject.argv.iter().map(|arg| if arg == "null" { "stdio".into() } else { arg.clone() });
-    Subject { argv: argv.collect(), ..subject }
 }
 
 /// Starts a machine, waits until its init says that it runs, and looks.

@@ -18,3 +18,16 @@ pub fn microvm(name: &str, serial: bool, machine: &str, arguments: &str) -> Resu
     let arguments = format!("{MACHINE}{on}{machine} {COMMON} {port} {arguments}");
     Ok(Subject::new(name, &program.display().to_string(), &arguments))
 }
+
+/// Machine options of a microvm whose kernel finds its devices on the command line. QEMU would put them at its end,
+/// where they are arguments of init.
+pub const WITHOUT_ACPI: &str = ",acpi=off,pit=on,pic=on,auto-kernel-cmdline=off";
+
+/// Where such a machine's first two devices are.
+pub const TWO_DEVICES: &str = "virtio_mmio.device=512@0xfeb00e00:12 virtio_mmio.device=512@0xfeb00c00:11";
+
+/// The same machine with its serial port on standard output, where ours always is.
+pub fn with_serial_on_stdout(subject: Subject) -> Subject {
+    let argv = subject.argv.iter().map(|arg| if arg == "null" { "stdio".into() } else { arg.clone() });
+    Subject { argv: argv.collect(), ..subject }
+}

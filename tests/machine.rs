@@ -177,7 +177,7 @@ fn every_vcpu_is_made_and_only_the_first_has_an_entry() {
 }
 
 #[test]
-fn string_output_is_one_access_for_each_item() {
+fn the_console_is_taken_once_and_read_in_order() {
     let script = vec![out(0x3f8, b'a'), Step::Out(0x3f8, b"b".to_vec()), Step::TripleFault];
     let (vm, _, _dir) = machine(script, |_| ());
     let mut console = vm.take_console().unwrap();

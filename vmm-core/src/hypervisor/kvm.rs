@@ -90,11 +90,6 @@ impl KvmHypervisor {
             None => Ok(Self { kvm }),
         }
     }
-
-    /// The open device, for questions about the host.
-    pub fn kvm(&self) -> &Kvm {
-        &self.kvm
-    }
 }
 
 impl Hypervisor for KvmHypervisor {

@@ -19,6 +19,7 @@ use vmm_core::config::{BootProtocol, SerialConfig};
 use vmm_core::console::WhenFull;
 use vmm_core::devices::size::ByteSize;
 use vmm_core::devices::virtio::block;
+use vmm_core::memory::HugePages;
 use vmm_core::x86_64::layout::MAX_CPUS;
 use vmm_core::{Milestone, StopReason, Vm, VmConfig};
 
@@ -75,6 +76,22 @@ pub struct RunArgs {
     /// RAM, such as 256M or 2G [default: 256M]
     #[arg(long, value_name = "SIZE", help_heading = "Machine")]
     memory: Option<ByteSize>,
+
+    /// Make RAM of the host's 2 MiB pages: reserved (the default of the bare flag) or transparent
+    ///
+    /// Reserved pages are those of vm.nr_hugepages: all of the RAM is there, or the guest does not start. With
+    /// transparent the host gives what it can.
+    #[arg(long, value_name = "KIND", help_heading = "Machine", value_parser = hugepages(),
+        num_args = 0..=1, require_equals = true, default_missing_value = "reserved")]
+    hugepages: Option<HugePages>,
+
+    /// Take all RAM from the host before the guest starts
+    #[arg(long, help_heading = "Machine")]
+    mem_prealloc: bool,
+
+    /// Keep RAM in a memfd, mapped shared, as other processes of the host need it to have a part in it
+    #[arg(long, help_heading = "Machine")]
+    mem_shared: bool,
 
     /// How the kernel is entered: auto takes PVH where the kernel offers it
     #[arg(long, value_name = "PROTOCOL", help_heading = "Machine", value_parser = boot_protocol())]
@@ -138,6 +155,14 @@ static AFTER_LONG_HELP: std::sync::LazyLock<String> = std::sync::LazyLock::new(|
 fn cpus(text: &str) -> Result<u8, String> {
     let number = text.parse().ok().filter(|number| (1..=MAX_CPUS).contains(number));
     number.ok_or_else(|| format!("write a number from 1 to {MAX_CPUS}"))
+}
+
+fn hugepages() -> impl TypedValueParser<Value = HugePages> {
+    PossibleValuesParser::new(["reserved", "transparent", "no"]).map(|name| match name.as_str() {
+        "reserved" => HugePages::Reserved,
+        "transparent" => HugePages::Transparent,
+        _ => HugePages::No,
+    })
 }
 
 fn boot_protocol() -> impl TypedValueParser<Value = BootProtocol> {

@@ -102,7 +102,7 @@ impl VmBuilder {
         }
         // All at once, as in a machine: a disk that is there twice cannot be locked twice.
         let _devices = config.devices.iter().map(|device| device.open()).collect::<Result<Vec<_>, _>>()?;
-        let ram = GuestRam::new(config.memory.0)?;
+        let ram = GuestRam::new(config.memory.0, config.backing())?;
         let kernel = config.kernel.as_deref();
         let kernel = kernel.map(|path| kernel::load(ram.memory(), path, config.boot_protocol)).transpose()?;
         match (&config.initrd, &kernel) {
@@ -132,10 +132,13 @@ impl VmBuilder {
         let config = self.config;
         let devices = config.devices.iter().map(|device| device.open()).collect::<Result<Vec<_>, _>>()?;
 
-        let ram = GuestRam::new(config.memory.0)?;
+        let ram = GuestRam::new(config.memory.0, config.backing())?;
         // The image, and as much again, which a kernel fills while it boots. An error is the loader's to tell.
         let image = std::fs::metadata(&kernel_path).map_or(0, |meta| meta.len());
         ram.prefer_huge_pages(layout::HIGH_RAM.saturating_add(image.saturating_mul(2)));
+        if config.mem_prealloc {
+            ram.populate()?;
+        }
         let kernel = kernel::load(ram.memory(), &kernel_path, config.boot_protocol)?;
         let initrd = config.initrd.as_deref();
         let initrd = initrd.map(|path| kernel::load_initrd(ram.memory(), path, &kernel)).transpose()?;

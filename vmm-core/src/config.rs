@@ -8,6 +8,7 @@ use devices::registry::DeviceConfig;
 use devices::size::ByteSize;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
+use crate::memory::{Backing, HUGE_PAGE, HugePages};
 pub use crate::x86_64::kernel::BootProtocol;
 use crate::x86_64::layout;
 
@@ -40,6 +41,12 @@ pub struct VmConfig {
     pub cpus: u8,
     /// RAM, in whole pages of 4 KiB. What lies beyond the MMIO gap goes above 4 GiB.
     pub memory: ByteSize,
+    /// Which pages of the host's the RAM is made of.
+    pub hugepages: HugePages,
+    /// All of the RAM is taken from the host before the guest starts.
+    pub mem_prealloc: bool,
+    /// The RAM is in a memfd, so that it can be shared with another process.
+    pub mem_shared: bool,
     /// Where the guest's console goes.
     pub serial: SerialConfig,
     /// Virtio devices, in the order in which the guest finds them.
@@ -56,6 +63,9 @@ impl Default for VmConfig {
             boot_protocol: BootProtocol::default(),
             cpus: 1,
             memory: DEFAULT_MEMORY,
+            hugepages: HugePages::default(),
+            mem_prealloc: false,
+            mem_shared: false,
             serial: SerialConfig::default(),
             devices: Vec::new(),
         }
@@ -131,6 +141,12 @@ pub enum ConfigError {
         /// Size asked for.
         memory: ByteSize,
     },
+    /// RAM that huge pages cannot make up.
+    #[error("{memory} of memory are not possible with huge pages; give --memory in multiples of 2M")]
+    HugePages {
+        /// Size asked for.
+        memory: ByteSize,
+    },
     /// The command line is too long or has control characters.
     #[error("the kernel command line {problem}")]
     Cmdline {
@@ -155,12 +171,20 @@ impl VmConfig {
         if !(layout::MIN_RAM..=layout::MAX_RAM).contains(&bytes) || !bytes.is_multiple_of(4096) {
             return Err(ConfigError::Memory { memory: self.memory });
         }
+        if self.hugepages == HugePages::Reserved && !bytes.is_multiple_of(HUGE_PAGE) {
+            return Err(ConfigError::HugePages { memory: self.memory });
+        }
         if self.devices.len() > layout::DEVICE_IRQS.len() {
             return Err(ConfigError::TooManyDevices { count: self.devices.len() });
         }
         self.kernel_command_line(&[])?;
         // Last, so that this error says that all else is right.
         self.kernel.as_ref().map(|_| ()).ok_or(ConfigError::NoKernel)
+    }
+
+    /// How the RAM is kept on the host.
+    pub fn backing(&self) -> Backing {
+        Backing { huge_pages: self.hugepages, shared: self.mem_shared }
     }
 
     /// The kernel command line of this machine: base, then what `devices` (the machine's own parameters) and
@@ -235,6 +259,10 @@ mod tests {
             (
                 VmConfig { memory: ByteSize(1 << 20), ..config() },
                 "1M of memory are not possible; give --memory 4M to 1T, in multiples of 4K",
+            ),
+            (
+                VmConfig { memory: ByteSize(33 << 20), hugepages: HugePages::Reserved, ..config() },
+                "33M of memory are not possible with huge pages; give --memory in multiples of 2M",
             ),
             (
                 VmConfig { append: Some("x".repeat(2048)), ..config() },

@@ -1,17 +1,50 @@
 //! Guest memory: the only place that maps it.
 #![allow(unsafe_code, reason = "advice on a mapping is given by address")]
 
+use std::fs::{self, File};
 use std::io;
+use std::sync::Arc;
 
 use devices::GuestMemory;
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{Advice, madvise};
+use serde::{Deserialize, Serialize};
 use tracing::debug;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
 
 use crate::x86_64::layout;
 
-/// The guest's RAM, mapped anonymously and populated as the guest touches it.
+/// Bytes of a huge page, the only size that is used.
+pub const HUGE_PAGE: u64 = 2 << 20;
+/// Where the kernel says how many of them there are.
+const HUGE_PAGE_COUNTS: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// Which pages of the host's guest memory is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HugePages {
+    /// Small ones, and what the host makes of them by itself.
+    #[default]
+    No,
+    /// The host is asked for transparent huge pages, and gives what it can.
+    Transparent,
+    /// All from the host's reserve of 2 MiB pages (vm.nr_hugepages), or the machine is not built.
+    Reserved,
+}
+
+/// How guest memory is kept on the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backing {
+    /// Which pages.
+    pub huge_pages: HugePages,
+    /// In a memfd, mapped shared, so that it can be handed to another process.
+    pub shared: bool,
+}
+
+/// The guest's RAM, populated as the guest touches it.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
     memory: GuestMemory,
@@ -39,36 +72,80 @@ pub enum RamError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The host's reserve of huge pages is too small.
+    #[error(
+        "cannot map {mib} MiB of guest memory in huge pages: {needed} of 2 MiB are needed, and {free} of the \
+         {total} that the host keeps are free; run 'sysctl vm.nr_hugepages={want}' as root, or say --hugepages=transparent"
+    )]
+    HugePages {
+        /// Size asked for, in MiB.
+        mib: u64,
+        /// Huge pages needed.
+        needed: u64,
+        /// Huge pages that nobody uses or has reserved.
+        free: u64,
+        /// Huge pages of the host.
+        total: u64,
+        /// How many huge pages the host should have.
+        want: u64,
+    },
+    /// There is not as much memory as asked for.
+    #[error("cannot fill {mib} MiB of guest memory: {source}; lower --memory, or leave out --mem-prealloc")]
+    Prealloc {
+        /// Size asked for, in MiB.
+        mib: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
 }
 
 impl GuestRam {
     /// `size` bytes of zeroes, laid out as the architecture wants it.
-    pub fn new(size: u64) -> Result<Self, RamError> {
-        let error = |source| RamError::Map { mib: size >> 20, source };
-        let regions = layout::ram_ranges(size)
-            .into_iter()
-            .map(|(base, len)| {
-                let mapping: MmapRegion<_> = MmapRegionBuilder::new_with_bitmap(len as usize, None)
-                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                    .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-                    .build()
-                    .map_err(|e| error(io::Error::other(e)))?;
-                GuestRegionMmap::new(mapping, GuestAddress(base))
-                    .ok_or_else(|| error(io::ErrorKind::InvalidInput.into()))
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+    pub fn new(size: u64, backing: Backing) -> Result<Self, RamError> {
+        let reserved = backing.huge_pages == HugePages::Reserved;
+        let error = |source: io::Error| match source.raw_os_error() {
+            Some(libc::ENOMEM) if reserved => huge_page_shortage(size),
+            _ => RamError::Map { mib: size >> 20, source },
+        };
+        let file = backing.shared.then(|| memory_file(size, reserved)).transpose().map_err(error)?;
+        let mut offset = 0;
+        let mut regions = Vec::new();
+        for (base, len) in layout::ram_ranges(size) {
+            let part = file.as_ref().map(|file| FileOffset::from_arc(file.clone(), offset));
+            let mapping = map(len, part, reserved).map_err(error)?;
+            let region = GuestRegionMmap::new(mapping, GuestAddress(base));
+            regions.push(region.ok_or_else(|| error(io::ErrorKind::InvalidInput.into()))?);
+            offset += len;
+        }
         let memory = GuestMemory::from_regions(regions).map_err(|e| error(io::Error::other(e)))?;
-        Ok(Self { memory })
+        let ram = Self { memory };
+        if backing.huge_pages == HugePages::Transparent {
+            ram.prefer_huge_pages(size);
+        }
+        Ok(ram)
+    }
+
+    /// Takes all of the memory from the host now, not when the guest first touches it.
+    pub fn populate(&self) -> Result<(), RamError> {
+        self.regions().try_for_each(|region| {
+            // SAFETY: the range is a mapping of ours. Populating it changes nothing that can be seen in it.
+            unsafe { madvise(region.host_addr as *mut _, region.len as usize, Advice::LinuxPopulateWrite) }
+                .map_err(|errno| RamError::Prealloc { mib: self.size() >> 20, source: errno.into() })
+        })
     }
 
     /// Asks the host for huge pages in the first `len` bytes: for what is going to be filled wholly and at once.
     pub fn prefer_huge_pages(&self, len: u64) {
-        let Some(region) = self.regions().next() else { return };
-        let len = len.min(region.len) as usize;
-        // SAFETY: the range lies in a mapping of ours, and the advice changes nothing that can be seen in it.
-        let advised = unsafe { madvise(region.host_addr as *mut _, len, Advice::LinuxHugepage) };
-        if let Err(error) = advised {
-            debug!(%error, "no huge pages for the kernel");
+        let mut left = len;
+        for region in self.regions() {
+            let part = left.min(region.len);
+            left -= part;
+            // SAFETY: the range lies in a mapping of ours, and the advice changes nothing that can be seen in it.
+            let advised =
+                unsafe { madvise(region.host_addr as *mut _, part as usize, Advice::LinuxHugepage) };
+            if let Err(error) = advised {
+                debug!(%error, "no transparent huge pages");
+            }
         }
     }
 
@@ -90,4 +167,53 @@ impl GuestRam {
     pub fn size(&self) -> u64 {
         self.regions().map(|region| region.len).sum()
     }
+}
+
+/// The file that shared guest memory of `size` bytes is in. Its size is sealed: nobody who is given it can take
+/// memory away under us.
+fn memory_file(size: u64, huge_pages: bool) -> io::Result<Arc<File>> {
+    let huge = if huge_pages { MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB } else { MemfdFlags::empty() };
+    let fd = memfd_create("guest-memory", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | huge)?;
+    ftruncate(&fd, size)?;
+    fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(Arc::new(fd.into()))
+}
+
+/// Maps `len` bytes, of `file` or of nothing but zeroes.
+fn map<B: vm_memory::bitmap::NewBitmap>(
+    len: u64,
+    file: Option<FileOffset>,
+    huge_pages: bool,
+) -> io::Result<MmapRegion<Option<B>>> {
+    // Huge pages are reserved as a whole, so that the guest never meets the end of the reserve.
+    let reserve = if huge_pages { 0 } else { libc::MAP_NORESERVE };
+    let kind = match (&file, huge_pages) {
+        (Some(_), _) => libc::MAP_SHARED,
+        (None, false) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        (None, true) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+    };
+    let builder = MmapRegionBuilder::new_with_bitmap(len as usize, None)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(kind | reserve)
+        .with_hugetlbfs(huge_pages);
+    let builder = match file {
+        Some(file) => builder.with_file_offset(file),
+        None => builder,
+    };
+    builder.build().map_err(|error| match error {
+        vm_memory::mmap::MmapRegionError::Mmap(source) => source,
+        other => io::Error::other(other),
+    })
+}
+
+/// Why there are not enough huge pages for `size` bytes.
+fn huge_page_shortage(size: u64) -> RamError {
+    let count = |name: &str| -> u64 {
+        let text = fs::read_to_string(format!("{HUGE_PAGE_COUNTS}/{name}")).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    };
+    let (total, needed) = (count("nr_hugepages"), size.div_ceil(HUGE_PAGE));
+    let free = count("free_hugepages").saturating_sub(count("resv_hugepages"));
+    let want = total + needed.saturating_sub(free);
+    RamError::HugePages { mib: size >> 20, needed, free, total, want }
 }

@@ -46,6 +46,9 @@ pub fn merge(args: &RunArgs, file: ConfigFile) -> Result<VmConfig, UsageError> {
     replace(&mut config.append, args.append.clone().map(Some));
     replace(&mut config.cpus, args.cpus);
     replace(&mut config.memory, args.memory);
+    replace(&mut config.hugepages, args.hugepages);
+    config.mem_prealloc |= args.mem_prealloc;
+    config.mem_shared |= args.mem_shared;
     replace(&mut config.boot_protocol, args.boot_protocol);
     replace(&mut config.serial, args.serial.clone());
     add_command(args, &mut config)?;

@@ -12,10 +12,16 @@ use crate::lab::Lab;
 use crate::net::{GUEST_ADDRESS, HOST_ADDRESS, NetNs, TAP};
 use crate::place::{Acceleration, Needs, Place};
 use crate::process::{Exit, Process, Program, Signal};
+use crate::smaps::{self, Mapping};
 use crate::{binaries, report};
 
 /// Only there to end a hang; stretched in the lab.
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Names what is one of a kind in this process.
+static COUNT: AtomicU32 = AtomicU32::new(0);
+/// A variable in the environment of each VMM, by which it is found wherever it runs.
+const MARK: &str = "VMM_TEST_GUEST";
 
 /// A guest to boot. What is not said is `vmm run`'s default, but for the root file system: that is our demo image, read-only.
 pub struct Guest<'a> {
@@ -186,9 +192,11 @@ impl<'a> Guest<'a> {
         if let Some(net) = self.within {
             program = net.within(&program);
         }
+        let mark = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        program.env.push((MARK.into(), mark.clone()));
         let process = place.start(&program)?;
         let deadline = self.deadline * place.slowness();
-        Ok(Running { process, deadline, place, lent, _kernel: kernel })
+        Ok(Running { process, mark, deadline, place, lent, _kernel: kernel })
     }
 
     /// The whole command line of `vmm run`.
@@ -240,7 +248,6 @@ impl Drop for Lent<'_> {
 
 /// The path of a writable disk at `place`.
 fn lend<'a>(disk: &'a Disk, place: &Place, lent: &mut Vec<Lent<'a>>) -> Result<String> {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
     let Place::Lab(lab) = place else { return Ok(disk.path().display().to_string()) };
     let path = format!("/scratch/disks/{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     lab.copy(&lab.provide(disk.path())?, &path)?;
@@ -251,6 +258,7 @@ fn lend<'a>(disk: &'a Disk, place: &Place, lent: &mut Vec<Lent<'a>>) -> Result<S
 /// A guest that runs.
 pub struct Running<'a> {
     process: Process,
+    mark: String,
     place: Place,
     deadline: Duration,
     lent: Vec<Lent<'a>>,
@@ -262,6 +270,20 @@ impl Running<'_> {
     /// Waits until `text` appears on the console, after what earlier calls waited for, and returns what came before it.
     pub fn expect(&mut self, text: &str) -> Result<String> {
         self.process.expect(text, self.deadline)
+    }
+
+    /// What the VMM has mapped now.
+    pub fn smaps(&self) -> Result<Vec<Mapping>> {
+        let line = format!(
+            "for p in /proc/[0-9]*; do grep -qsa '{MARK}={}' $p/environ && cat $p/smaps; done; true",
+            self.mark
+        );
+        smaps::parse(&self.place.shell(&line)?.ok()?)
+    }
+
+    /// Where it runs.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// Types on the console.

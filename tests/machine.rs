@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use harness::micro::Micro;
-use vmm_core::devices::registry::DeviceConfig;
+use vmm_core::devices::registry::{DeviceConfig, Patch};
 use vmm_core::devices::virtio::rng;
 use vmm_core::hypervisor::VcpuFailure;
 use vmm_core::hypervisor::fake::{FakeHypervisor, Step};
@@ -255,6 +255,47 @@ fn a_device_with_a_broken_queue_asks_for_a_reset_and_works_after_it() {
         let status: Vec<u8> = seen.reads.iter().map(|read| read[0]).collect();
         assert_eq!(status, [0x4f, 0x0f], "DEVICE_NEEDS_RESET, then a working device");
     });
+}
+
+#[test]
+fn a_limit_that_is_lifted_while_the_machine_runs_lets_the_waiting_go_on() {
+    let queue = 0x20_0000;
+    let mut script = activate(queue);
+    // Two requests of 16 bytes each; the bucket owes an hour after the first.
+    for index in 0..2u64 {
+        let descriptor = [&0x21_0000u64.to_le_bytes()[..], &16u32.to_le_bytes(), &[2, 0, 0, 0]].concat();
+        script.push(Step::Poke(u64::from(queue) + 16 * index, descriptor));
+    }
+    script.push(Step::Poke(u64::from(queue) + 0x1000, vec![0, 0, 2, 0, 0, 0, 1, 0]));
+    script.push(Step::Write(VIRTIO + 0x50, vec![0; 4]));
+    let (vm, _, _dir) = machine(script, |config| {
+        let rng = rng::Config { ops: "1/3600s".parse().ok(), ..Default::default() };
+        config.devices = vec![DeviceConfig::Rng(rng)];
+    });
+    vm.start().unwrap();
+    let counter = |name: &str| {
+        let all = vm.devices()[0].counters.all();
+        all.into_iter().find_map(|(known, value)| (known == name).then_some(value)).unwrap()
+    };
+    while counter("throttled") == 0 {
+        assert!(vm.wait_timeout(Duration::from_millis(5)).is_none());
+    }
+    assert_eq!(counter("requests"), 1);
+    let patch = |key: &str, value: serde_json::Value| Patch::from_iter([(key.to_owned(), value)]);
+    for (name, patch, want) in [
+        ("disk0", patch("ops", "1/1s".into()), "there is no device 'disk0'; there are rng0"),
+        ("rng0", patch("ops", "soon".into()), "'soon' is not a limit"),
+        ("rng0", patch("kind", "disk".into()), "rng: "),
+    ] {
+        let error = vm.update(name, patch).unwrap_err().to_string();
+        assert!(error.contains(want), "{error}");
+    }
+    assert_eq!(counter("requests"), 1);
+    vm.update("rng0", patch("ops", serde_json::Value::Null)).unwrap();
+    while counter("requests") < 2 {
+        assert!(vm.wait_timeout(Duration::from_millis(5)).is_none());
+    }
+    assert_eq!(vm.config().devices, [DeviceConfig::Rng(rng::Config::default())]);
 }
 
 #[test]

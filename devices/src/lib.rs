@@ -8,6 +8,7 @@
 //! - [`virtio`]: queues, transports and one file per virtio device.
 //! - [`legacy`]: the few pieces of a PC that a Linux guest still looks for.
 //! - [`params`] and [`size`]: configuration as people write it on a command line.
+//! - [`throttle`]: token buckets, for what a guest may use of a device and of the log.
 //! - [`registry`]: the one list of virtio device kinds. Command line, configuration, conformance tests and
 //!   fuzz targets all come from it.
 
@@ -16,6 +17,7 @@ pub mod model;
 pub mod params;
 pub mod registry;
 pub mod size;
+pub mod throttle;
 pub mod virtio;
 
 /// Guest memory as devices see it: mapped regions, with a dirty bitmap where the VM tracks writes.

@@ -3,6 +3,7 @@
 //! [`VirtioDevice`] is what one device file implements; [`DeviceHost`] and [`Notifier`] are what it and its
 //! transport are handed. Everything that runs (threads, eventfds, epoll) is on the other side of these.
 
+use std::any::Any;
 use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::throttle::Limits;
 use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::queue::{QueueConfig, Queues};
 
@@ -94,14 +96,16 @@ pub enum Progress {
 
 /// A host file descriptor that a device waits for.
 ///
-/// It is watched edge triggered for reading: after an event the device reads until `EAGAIN`, or remembers by
-/// itself that data is waiting.
+/// It is watched edge triggered: after an event the device reads (or writes) until `EAGAIN`, or remembers by itself
+/// that it has not. A device with many descriptors has an epoll instance of its own, and that is its source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostSource {
     /// The descriptor; the device owns it and keeps it open as long as the device lives.
     pub fd: RawFd,
     /// The device's own name for it, handed back in [`VirtioDevice::host_event`].
     pub token: u32,
+    /// Watched for room to write, too.
+    pub writable: bool,
 }
 
 /// One virtio device: identity, configuration space and what it does with its queues.
@@ -141,8 +145,31 @@ pub trait VirtioDevice: Send {
         Progress::Done
     }
 
+    /// Index into [`DeviceKind::limits`] of the limits that `queue` is subject to.
+    fn lane(&self, _queue: u16) -> usize {
+        0
+    }
+
+    /// Takes over what changed in the configuration: `config` is the kind's own, whole, and differs in nothing but
+    /// [`DeviceKind::LIVE`] keys. An error leaves everything as it was.
+    ///
+    /// Requests in flight are finished: [`Self::drain`] was called before.
+    fn update(&mut self, _config: &dyn Any) -> Result<(), UpdateError> {
+        Ok(())
+    }
+
+    /// Finishes all requests in flight before it returns.
+    fn drain(&mut self, _queues: &mut Queues<'_>) {}
+
     /// Forgets all that the driver did. Requests in flight are finished or dropped before this returns.
     fn reset(&mut self);
+}
+
+/// What a device's host side may depend on of the machine around it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MachineShape {
+    /// Number of vCPUs.
+    pub cpus: u8,
 }
 
 /// What a transport shows of a device, apart from the device itself.
@@ -185,12 +212,28 @@ pub struct Counters {
     pub host_errors: AtomicU64,
     /// Requests that broke the specification.
     pub guest_mistakes: AtomicU64,
+    /// Times that requests had to wait for a limit.
+    pub throttled: AtomicU64,
 }
 
 impl Counters {
     /// Adds `n` to one of the counters; order between counters does not matter.
     pub fn add(counter: &AtomicU64, n: u64) {
         counter.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// All of them, by names that stay.
+    pub fn all(&self) -> [(&'static str, u64); 7] {
+        [
+            ("requests", &self.requests),
+            ("bytes_to_guest", &self.bytes_to_guest),
+            ("bytes_from_guest", &self.bytes_from_guest),
+            ("dropped", &self.dropped),
+            ("host_errors", &self.host_errors),
+            ("guest_mistakes", &self.guest_mistakes),
+            ("throttled", &self.throttled),
+        ]
+        .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)))
     }
 }
 
@@ -214,8 +257,27 @@ pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOw
     /// with nothing chosen.
     const ON_BY_DEFAULT: bool = false;
 
+    /// Keys, limits apart, whose values can change while the machine runs: see [`VirtioDevice::update`].
+    const LIVE: &'static [&'static str] = &[];
+
     /// Opens the host's side and makes the device. The error is a sentence for the operator.
-    fn open(&self) -> Result<Box<dyn VirtioDevice>, OpenError>;
+    fn open(&self, machine: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError>;
+
+    /// The name that the operator gave this device.
+    fn id(&self) -> Option<&str> {
+        None
+    }
+
+    /// What the guest may use of the device, a lane each (see [`VirtioDevice::lane`]). All kinds name the keys
+    /// alike: see [`crate::throttle::is_limit`].
+    fn limits(&self) -> Vec<Limits> {
+        Vec::new()
+    }
+
+    /// The device gets a thread of its own.
+    fn own_runner(&self) -> bool {
+        false
+    }
 
     /// What a Linux guest is to be told on its command line about the `nth` (from 0) device of this kind.
     fn kernel_parameters(&self, _nth: usize) -> Option<String> {
@@ -251,6 +313,32 @@ pub enum OpenError {
         /// What is wrong and what would be right.
         problem: String,
     },
+}
+
+/// Why a device's configuration could not be changed while the machine runs: a sentence for the operator.
+#[derive(Debug, thiserror::Error)]
+pub enum UpdateError {
+    /// The patch does not make a configuration.
+    #[error("{kind}: {problem}")]
+    Value {
+        /// The device kind.
+        kind: &'static str,
+        /// What is wrong and what would be right.
+        problem: String,
+    },
+    /// The key exists and cannot change now.
+    #[error("{kind}: '{key}' cannot change while the machine runs; {can}")]
+    Fixed {
+        /// The device kind.
+        kind: &'static str,
+        /// The key.
+        key: String,
+        /// What can.
+        can: String,
+    },
+    /// The host's side could not be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
 }
 
 /// Something that concerns the whole machine, raised by a device.

@@ -3,10 +3,14 @@
 //! Configuration, command line flags, conformance tests and fuzz targets are generated from it, so adding a
 //! device is one file and one line.
 
-use serde::{Deserialize, Serialize};
+use std::any::Any;
 
-use crate::model::{DeviceKind, OpenError, VirtioDevice};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::model::{DeviceKind, MachineShape, OpenError, UpdateError, VirtioDevice};
 use crate::params::{self, ParamError};
+use crate::throttle::{self, Limits};
 use crate::virtio::{block, net, rng};
 
 /// A device kind, as the command line needs to know it.
@@ -58,8 +62,33 @@ macro_rules! registry {
             }
 
             /// Opens the host's side and makes the device.
-            pub fn open(&self) -> Result<Box<dyn VirtioDevice>, OpenError> {
-                match self { $(Self::$variant(config) => config.open(),)+ }
+            pub fn open(&self, machine: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
+                match self { $(Self::$variant(config) => config.open(machine),)+ }
+            }
+
+            /// See [`DeviceKind::id`].
+            pub fn id(&self) -> Option<&str> {
+                match self { $(Self::$variant(config) => config.id(),)+ }
+            }
+
+            /// See [`DeviceKind::limits`].
+            pub fn limits(&self) -> Vec<Limits> {
+                match self { $(Self::$variant(config) => config.limits(),)+ }
+            }
+
+            /// See [`DeviceKind::own_runner`].
+            pub fn own_runner(&self) -> bool {
+                match self { $(Self::$variant(config) => config.own_runner(),)+ }
+            }
+
+            /// The kind's own configuration, for [`VirtioDevice::update`].
+            pub fn as_any(&self) -> &dyn Any {
+                match self { $(Self::$variant(config) => config,)+ }
+            }
+
+            /// See [`DeviceKind::LIVE`].
+            fn live_keys(&self) -> &'static [&'static str] {
+                match self { $(Self::$variant(_) => <$config>::LIVE,)+ }
             }
 
             /// See [`DeviceKind::kernel_parameters`].
@@ -70,8 +99,103 @@ macro_rules! registry {
     };
 }
 
+/// A change of a device's configuration as it is asked for: keys of [`DeviceConfig`] and their new values, null for
+/// none.
+pub type Patch = Map<String, Value>;
+
+/// A change of a device's configuration that can be made while the machine runs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Update {
+    /// The whole configuration after it.
+    pub config: DeviceConfig,
+    /// Limits differ.
+    pub limits: bool,
+    /// What the device itself has to take over differs.
+    pub device: bool,
+}
+
+impl DeviceConfig {
+    /// What `patch` makes of this configuration: its keys replace those that are there, and null takes one away.
+    pub fn patched(&self, patch: &Patch) -> Result<Update, UpdateError> {
+        let kind = self.kind();
+        let refused = |error: serde_json::Error| UpdateError::Value { kind, problem: error.to_string() };
+        let keys = |config: &Self| match serde_json::to_value(config) {
+            Ok(Value::Object(keys)) => Ok(keys),
+            Ok(_) => Ok(Map::new()),
+            Err(error) => Err(refused(error)),
+        };
+        let before = keys(self)?;
+        let mut after = before.clone();
+        for (key, value) in patch {
+            match value {
+                Value::Null => after.remove(key),
+                value => after.insert(key.clone(), value.clone()),
+            };
+        }
+        let config: Self = serde_json::from_value(Value::Object(after)).map_err(refused)?;
+        // As the configuration writes itself: a default may be left out or not.
+        let after = keys(&config)?;
+        let (mut limits, mut device) = (false, false);
+        for key in before.keys().chain(after.keys()).filter(|key| before.get(*key) != after.get(*key)) {
+            if throttle::is_limit(key) {
+                limits = true;
+            } else if self.live_keys().contains(&key.as_str()) {
+                device = true;
+            } else {
+                let mut can: Vec<&str> = self.live_keys().to_vec();
+                if !self.limits().is_empty() {
+                    can.push("limits");
+                }
+                let can = match &can[..] {
+                    [] => "nothing of it can".into(),
+                    can => format!("what can: {}", can.join(", ")),
+                };
+                return Err(UpdateError::Fixed { kind, key: key.clone(), can });
+            }
+        }
+        Ok(Update { config, limits, device })
+    }
+}
+
 registry! {
     Disk => block::Config,
     Net => net::Config,
     Rng => rng::Config,
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn patch(text: &str, patch: Value) -> Result<Update, String> {
+        let kind = KINDS.iter().find(|kind| kind.name == "rng").unwrap();
+        let config = (kind.parse)(text).unwrap();
+        let Value::Object(patch) = patch else { panic!("an object") };
+        config.patched(&patch).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_patch_changes_what_it_names() {
+        let update = patch("bandwidth=1M/1s", json!({"ops": "10/1s"})).unwrap();
+        assert_eq!((update.limits, update.device), (true, false));
+        let limits = update.config.limits();
+        assert!(limits[0].bandwidth.is_some() && limits[0].ops.is_some());
+        let update = patch("bandwidth=1M/1s", json!({"bandwidth": null})).unwrap();
+        assert_eq!(update.config.limits(), [Limits::default()]);
+        let same = patch("bandwidth=1M/1s", json!({"bandwidth": "1024K/1000ms"})).unwrap();
+        assert_eq!((same.limits, same.device), (false, false));
+    }
+
+    #[test]
+    fn what_cannot_change_is_refused_by_name() {
+        for (value, want) in [
+            (json!({"nonsense": 1}), "rng: unknown field `nonsense`"),
+            (json!({"bandwidth": "much"}), "'much' is not a limit; write SIZE/TIME[+BURST]"),
+        ] {
+            let error = patch("", value).unwrap_err();
+            assert!(error.contains(want), "{error}");
+        }
+    }
 }

@@ -1,6 +1,5 @@
 //! The device flags, one for each kind in the registry: none is named here.
 
-use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, Args, Command, Error, FromArgMatches};
 use vmm_core::devices::registry::{DeviceConfig, KINDS, Kind};
 
@@ -20,16 +19,14 @@ fn without(kind: &Kind) -> String {
 
 fn flag(kind: &'static Kind) -> Arg {
     let arg = Arg::new(kind.name).long(kind.name).help_heading("Devices");
-    match kind.syntax {
-        "" => arg.action(ArgAction::SetTrue).help(match kind.on_by_default {
-            true => format!("{} (on by default)", kind.help),
-            false => kind.help.to_owned(),
-        }),
-        syntax => arg
-            .action(ArgAction::Append)
-            .value_name(syntax)
-            .help(format!("{}; repeatable", kind.help))
-            .value_parser(|text: &str| (kind.parse)(text).map_err(|error| error.to_string())),
+    let arg = arg
+        .action(ArgAction::Append)
+        .value_name(kind.syntax)
+        .value_parser(|text: &str| (kind.parse)(text).map_err(|error| error.to_string()));
+    match kind.on_by_default {
+        // Such a kind works with nothing chosen.
+        true => arg.num_args(0..=1).default_missing_value("").help(format!("{} (on by default)", kind.help)),
+        false => arg.help(format!("{}; repeatable", kind.help)),
     }
 }
 
@@ -59,16 +56,9 @@ impl FromArgMatches for DeviceFlags {
             if kind.on_by_default && matches.get_flag(&without(kind)) {
                 removed.push(kind.name);
             }
-            if kind.syntax.is_empty() {
-                if matches.get_flag(kind.name) {
-                    let config = (kind.parse)("").map_err(|e| Error::raw(ErrorKind::ValueValidation, e))?;
-                    added.push((matches.index_of(kind.name), config));
-                }
-                continue;
-            }
             let values = matches.get_many::<DeviceConfig>(kind.name).into_iter().flatten();
             let indices = matches.indices_of(kind.name).into_iter().flatten();
-            added.extend(indices.map(Some).zip(values.cloned()));
+            added.extend(indices.zip(values.cloned()));
         }
         added.sort_by_key(|(index, _)| *index);
         Ok(Self { added: added.into_iter().map(|(_, config)| config).collect(), removed })

@@ -14,7 +14,8 @@ use devices::legacy::i8042::{self, I8042};
 use devices::legacy::power::{self, PowerRegisters};
 use devices::legacy::pvpanic::{self, PvPanic};
 use devices::legacy::serial::{self, SerialPort};
-use devices::model::{Identity, MachineEvents, OpenError, VirtioDevice};
+use devices::model::{Identity, MachineEvents, MachineShape, OpenError, VirtioDevice};
+use devices::throttle::Limits;
 use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
 
 use crate::bus::Overlap;
@@ -101,7 +102,7 @@ impl VmBuilder {
             Err(error) => return Err(error.into()),
         }
         // All at once, as in a machine: a disk that is there twice cannot be locked twice.
-        let _devices = config.devices.iter().map(|device| device.open()).collect::<Result<Vec<_>, _>>()?;
+        let _devices = open_devices(config)?;
         let ram = GuestRam::new(config.memory.0, config.backing())?;
         let kernel = config.kernel.as_deref();
         let kernel = kernel.map(|path| kernel::load(ram.memory(), path, config.boot_protocol)).transpose()?;
@@ -130,7 +131,7 @@ impl VmBuilder {
             None => Box::new(KvmHypervisor::open()?),
         };
         let config = self.config;
-        let devices = config.devices.iter().map(|device| device.open()).collect::<Result<Vec<_>, _>>()?;
+        let devices = open_devices(&config)?;
 
         let ram = GuestRam::new(config.memory.0, config.backing())?;
         // The image, and as much again, which a kernel fills while it boots. An error is the loader's to tell.
@@ -151,7 +152,7 @@ impl VmBuilder {
         milestones.reach(Milestone::VmCreated);
 
         let mut parts = Parts { vm, ram, control, inbox, buses: Buses::default() };
-        let (runner, slots, units) = parts.add_virtio(devices)?;
+        let (runners, slots, units) = parts.add_virtio(&config, devices)?;
         parts.describe(&config, &kernel, initrd, &slots)?;
         let idle = parts.create_vcpus(&*hypervisor, &config, &kernel)?;
 
@@ -164,7 +165,7 @@ impl VmBuilder {
             idle,
             running: Vec::new(),
             units,
-            runner,
+            runners,
             buses: Arc::new(buses),
             power_button,
             console_input,
@@ -173,8 +174,13 @@ impl VmBuilder {
             control,
             _vm: vm,
         };
-        Vm::run(machine, console, inbox, messages).map_err(BuildError::Thread)
+        Vm::run(config, machine, console, inbox, messages).map_err(BuildError::Thread)
     }
+}
+
+fn open_devices(config: &VmConfig) -> Result<Vec<Box<dyn VirtioDevice>>, OpenError> {
+    let shape = MachineShape { cpus: config.cpus };
+    config.devices.iter().map(|device| device.open(&shape)).collect()
 }
 
 /// Where the serial port writes.
@@ -255,34 +261,48 @@ impl Parts {
         Ok(input)
     }
 
-    /// Puts virtio devices on a runner and on the MMIO bus.
-    fn add_virtio(&mut self, devices: Vec<Box<dyn VirtioDevice>>) -> Result<Virtio, BuildError> {
-        if devices.is_empty() {
-            return Ok((None, Vec::new(), Vec::new()));
-        }
-        let control = self.control.clone();
-        // The machine holds the runner, and a sender of the runner's would keep the machine's channel open.
-        let runner = Runner::start("virtio", move || {
-            _ = control.send(Message::ThreadPanicked("virtio".into()));
-        })?;
+    /// Puts virtio devices on runners and on the MMIO bus.
+    fn add_virtio(
+        &mut self,
+        config: &VmConfig,
+        devices: Vec<Box<dyn VirtioDevice>>,
+    ) -> Result<Virtio, BuildError> {
         let slots = mmio_slots(devices.len());
-        let units = devices
-            .into_iter()
-            .zip(&slots)
-            .map(|(device, slot)| self.add_device(&runner, device, *slot))
-            .collect::<Result<_, _>>()?;
-        Ok((Some(runner), slots, units))
+        let (mut shared, mut own, mut units) = (None, Vec::new(), Vec::new());
+        for (((device, name), config), slot) in
+            devices.into_iter().zip(config.device_names()).zip(&config.devices).zip(&slots)
+        {
+            let runner = match (config.own_runner(), &mut shared) {
+                (true, _) => {
+                    own.push(self.start_runner(&name)?);
+                    &own[own.len() - 1]
+                }
+                (false, Some(runner)) => &*runner,
+                (false, shared) => &*shared.insert(self.start_runner("virtio")?),
+            };
+            units.push((name, self.add_device(runner, device, &config.limits(), *slot)?));
+        }
+        Ok((shared.into_iter().chain(own).collect(), slots, units))
+    }
+
+    fn start_runner(&self, name: &str) -> Result<Runner, RunnerError> {
+        let (control, thread) = (self.control.clone(), name.to_owned());
+        // The machine holds the runner, and a sender of the runner's would keep the machine's channel open.
+        Runner::start(name, move || {
+            _ = control.send(Message::ThreadPanicked(thread));
+        })
     }
 
     fn add_device(
         &mut self,
         runner: &Runner,
         device: Box<dyn VirtioDevice>,
+        limits: &[Limits],
         slot: MmioSlot,
     ) -> Result<Arc<UnitHandle>, BuildError> {
         let notifier = MmioNotifier::new(self.vm.irq_line(slot.irq)?);
         let identity = Identity::of(&*device);
-        let unit = runner.add(device, notifier.clone(), self.ram.memory().clone())?;
+        let unit = runner.add(device, limits, notifier.clone(), self.ram.memory().clone())?;
         for (queue, event) in unit.kicks().iter().enumerate() {
             self.vm.signal_on_write(slot.addr + mmio::QUEUE_NOTIFY, queue as u32, event)?;
         }
@@ -346,4 +366,4 @@ fn command_line(config: &VmConfig, kernel: &Kernel, slots: &[MmioSlot]) -> Resul
 }
 
 /// What [`Parts::add_virtio`] makes.
-type Virtio = (Option<Runner>, Vec<MmioSlot>, Vec<Arc<UnitHandle>>);
+type Virtio = (Vec<Runner>, Vec<MmioSlot>, Vec<(String, Arc<UnitHandle>)>);

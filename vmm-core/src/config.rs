@@ -153,6 +153,12 @@ pub enum ConfigError {
         /// What is wrong and what is allowed.
         problem: String,
     },
+    /// Two devices have one name.
+    #[error("two devices are named '{name}'; give one of them another id")]
+    DeviceName {
+        /// The name.
+        name: String,
+    },
     /// More devices than interrupts.
     #[error("{count} devices are too many; {max} is the limit", max = layout::DEVICE_IRQS.len())]
     TooManyDevices {
@@ -177,6 +183,12 @@ impl VmConfig {
         if self.devices.len() > layout::DEVICE_IRQS.len() {
             return Err(ConfigError::TooManyDevices { count: self.devices.len() });
         }
+        let names = self.device_names();
+        if let Some(name) =
+            names.iter().enumerate().find_map(|(i, name)| names[..i].contains(name).then_some(name))
+        {
+            return Err(ConfigError::DeviceName { name: name.clone() });
+        }
         self.kernel_command_line(&[])?;
         // Last, so that this error says that all else is right.
         self.kernel.as_ref().map(|_| ()).ok_or(ConfigError::NoKernel)
@@ -185,6 +197,20 @@ impl VmConfig {
     /// How the RAM is kept on the host.
     pub fn backing(&self) -> Backing {
         Backing { huge_pages: self.hugepages, shared: self.mem_shared }
+    }
+
+    /// What each device is called: its id, or its kind and its number among those of its kind, such as `disk0`.
+    pub fn device_names(&self) -> Vec<String> {
+        let name = |(i, device): (usize, &DeviceConfig)| match device.id() {
+            Some(id) => id.to_owned(),
+            None => format!("{}{}", device.kind(), self.nth(i)),
+        };
+        self.devices.iter().enumerate().map(name).collect()
+    }
+
+    /// How many devices of its kind are before device `i`.
+    fn nth(&self, i: usize) -> usize {
+        self.devices[..i].iter().filter(|other| other.kind() == self.devices[i].kind()).count()
     }
 
     /// The kernel command line of this machine: base, then what `devices` (the machine's own parameters) and
@@ -202,8 +228,7 @@ impl VmConfig {
         }
         let mut words = vec![base.trim().to_owned()];
         for (i, device) in self.devices.iter().enumerate() {
-            let nth = self.devices[..i].iter().filter(|other| other.kind() == device.kind()).count();
-            words.extend(device.kernel_parameters(nth));
+            words.extend(device.kernel_parameters(self.nth(i)));
         }
         words.extend(devices.iter().cloned());
         words.push(append.trim().to_owned());

@@ -28,4 +28,4 @@ pub use config::VmConfig;
 pub use devices;
 pub use machine::{Milestone, Milestones};
 pub use state::{StopReason, VmState};
-pub use vm::{Vm, VmError};
+pub use vm::{DeviceStatus, Vm, VmError};

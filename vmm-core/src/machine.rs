@@ -149,8 +149,10 @@ pub(crate) struct Machine {
     /// vCPUs that have not started.
     pub idle: Vec<Box<dyn Vcpu>>,
     pub running: Vec<VcpuThread>,
-    pub units: Vec<Arc<UnitHandle>>,
-    pub runner: Option<Runner>,
+    /// Devices by name, in the order of the configuration.
+    pub units: Vec<(String, Arc<UnitHandle>)>,
+    /// The shared one, if any device is on it, and one for each device that has its own.
+    pub runners: Vec<Runner>,
     pub buses: Arc<Buses>,
     pub power_button: Arc<dyn IrqLine>,
     pub console_input: ConsoleInput,
@@ -181,13 +183,13 @@ impl Machine {
         self.console_output.set_open(true);
         self.running.iter().for_each(VcpuThread::pause);
         self.running.iter().for_each(VcpuThread::wait_parked);
-        self.units.iter().try_for_each(|unit| unit.set_paused(true))
+        self.units.iter().try_for_each(|(_, unit)| unit.set_paused(true))
     }
 
     /// Lets devices, then vCPUs, go on.
     pub fn resume(&self) -> Result<(), RunnerError> {
         self.console_output.set_open(false);
-        self.units.iter().try_for_each(|unit| unit.set_paused(false))?;
+        self.units.iter().try_for_each(|(_, unit)| unit.set_paused(false))?;
         self.running.iter().for_each(VcpuThread::resume);
         Ok(())
     }
@@ -201,6 +203,6 @@ impl Drop for Machine {
         self.running.iter().for_each(VcpuThread::stop);
         self.running.clear();
         self.units.clear();
-        self.runner = None;
+        self.runners.clear();
     }
 }

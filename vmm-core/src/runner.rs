@@ -3,20 +3,29 @@
 //! Everything that all devices need around their logic is here, once: kicks, interrupt suppression, budgets,
 //! activation, reset, pause. All devices of a machine share one runner by default.
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use devices::GuestMemory;
-use devices::model::{ActivateError, Counters, DeviceHost, HostSource, Notifier, Progress, VirtioDevice};
-use devices::virtio::F_EVENT_IDX;
-use devices::virtio::queue::{QueueConfig, QueueCore};
-use devices::virtio::service;
+use devices::model::{
+    ActivateError, Counters, DeviceHost, HostSource, Notifier, Progress, UpdateError, VirtioDevice,
+};
+use devices::registry::Update;
+use devices::throttle::Limits;
+use devices::virtio::queue::QueueConfig;
+use devices::virtio::unit::Unit;
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
 };
 use tracing::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
+
+/// A limit of a token each few microseconds is served in portions.
+const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 
 /// A runner could not be started, or has ended.
 #[derive(Debug, thiserror::Error)]
@@ -29,55 +38,45 @@ pub enum RunnerError {
     Start(#[from] std::io::Error),
 }
 
-/// Epoll data of a unit's descriptors: queue numbers, then this, then host sources.
+/// Epoll data of a unit's descriptors: queue numbers, then these, then host sources.
 const AGAIN: u32 = 0x1_0000;
+const TOKENS: u32 = 0x1_0001;
 const SOURCE: u32 = 0x2_0000;
 
-/// A device with everything that its owner keeps for it.
-struct Unit {
-    device: Box<dyn VirtioDevice>,
+/// A [`Unit`] on an event loop.
+struct Subscriber {
+    unit: Unit,
     /// One a queue; ioeventfds of the driver's notifications.
     kicks: Arc<[EventFd]>,
-    /// Signalled by the unit itself to be called again.
+    /// Signalled by the subscriber itself to be called again.
     again: EventFd,
     /// Host sources that are to be served again.
     pending: Vec<u32>,
-    notifier: Arc<dyn Notifier>,
-    counters: Arc<Counters>,
-    mem: GuestMemory,
-    /// Empty while the device is not active.
-    cores: Vec<QueueCore>,
+    /// Expires when chains that wait for their limit may go on.
+    tokens: TimerFd,
+    /// What is watched for the device while it is active.
     sources: Vec<HostSource>,
-    /// The driver broke a queue in this activation.
-    broken: bool,
-    epoch: u32,
     paused: bool,
 }
 
-impl Unit {
-    fn is_active(&self) -> bool {
-        !self.cores.is_empty()
-    }
-
+impl Subscriber {
     /// Gives the device one turn on `queue`.
     fn serve_queue(&mut self, queue: u16) {
-        if service::serve_queue(&mut *self.device, &mut self.cores, &self.mem, queue) == Progress::More {
-            self.signal(&self.kicks[usize::from(queue)]);
+        if self.unit.serve_queue(queue) == Progress::More {
+            signal(&self.kicks[usize::from(queue)]);
         }
-        self.settle();
+        self.wait_for_tokens();
     }
 
     fn serve_source(&mut self, token: u32) {
         let kicks = self.kicks.clone();
-        let again = |queue: u16| _ = kicks[usize::from(queue)].write(1);
-        let progress = service::serve_source(&mut *self.device, &mut self.cores, &self.mem, token, again);
-        if progress == Progress::More {
+        if self.unit.serve_source(token, |queue| signal(&kicks[usize::from(queue)])) == Progress::More {
             if !self.pending.contains(&token) {
                 self.pending.push(token);
             }
-            self.signal(&self.again);
+            signal(&self.again);
         }
-        self.settle();
+        self.wait_for_tokens();
     }
 
     fn serve_pending(&mut self) {
@@ -86,53 +85,61 @@ impl Unit {
         }
     }
 
-    /// Interrupts, mistakes and faults of the turn that just ended.
-    fn settle(&mut self) {
-        service::settle(&mut self.cores, &self.mem, &self.counters, &*self.notifier, &mut self.broken);
+    fn wait_for_tokens(&mut self) {
+        let Some(at) = self.unit.tokens_at() else { return };
+        let wait = at.saturating_duration_since(Instant::now()).max(SHORTEST_WAIT);
+        if let Err(error) = self.tokens.reset(wait, None) {
+            warn!(%error, "cannot wait for a device's limit");
+        }
     }
 
-    fn signal(&self, event: &EventFd) {
-        // It can only fail when the counter is full, and then the event is pending anyway.
-        _ = event.write(1);
+    /// Lets all go on that wait for a limit.
+    fn serve_waiting(&mut self) {
+        self.unit.waiting_queues().for_each(|queue| signal(&self.kicks[usize::from(queue)]));
     }
 
     /// Calls everything once, for what may have happened while nobody looked.
     fn wake_all(&mut self) {
         self.pending = self.sources.iter().map(|source| source.token).collect();
-        for event in self.kicks.iter().chain([&self.again]) {
-            self.signal(event);
-        }
+        self.kicks.iter().chain([&self.again]).for_each(signal);
     }
 
     fn activate(&mut self, features: u64, queues: &[QueueConfig]) -> Result<(), ActivateError> {
-        self.epoch = self.epoch.wrapping_add(1);
-        let event_idx = features & F_EVENT_IDX != 0;
-        let cores = queues
-            .iter()
-            .enumerate()
-            .map(|(i, config)| QueueCore::new(i as u16, config, event_idx, self.epoch, &self.mem))
-            .collect::<Result<_, _>>()?;
-        self.device.activate(features);
-        self.sources = self.device.host_sources();
-        self.cores = cores;
+        self.unit.activate(features, queues)?;
+        self.sources = self.unit.host_sources();
         self.wake_all();
         Ok(())
     }
 
     fn reset(&mut self) -> Vec<HostSource> {
-        self.device.reset();
-        self.cores.clear();
+        self.unit.reset();
         self.pending.clear();
-        self.broken = false;
         std::mem::take(&mut self.sources)
+    }
+
+    fn update(&mut self, update: &Update) -> Result<(), UpdateError> {
+        if update.device {
+            self.unit.update(update.config.as_any())?;
+        }
+        if update.limits {
+            self.unit.set_limits(&update.config.limits());
+            self.serve_waiting();
+        }
+        Ok(())
     }
 }
 
-impl MutEventSubscriber for Unit {
+fn signal(event: &EventFd) {
+    // It can only fail when the counter is full, and then the event is pending anyway.
+    _ = event.write(1);
+}
+
+impl MutEventSubscriber for Subscriber {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        let kicks = self.kicks.iter().enumerate().map(|(i, event)| (event, i as u32));
-        for (event, data) in kicks.chain([(&self.again, AGAIN)]) {
-            if let Err(error) = ops.add(Events::with_data(event, data, EventSet::IN)) {
+        let kicks = self.kicks.iter().enumerate().map(|(i, event)| (event.as_raw_fd(), i as u32));
+        let own = [(self.again.as_raw_fd(), AGAIN), (self.tokens.as_raw_fd(), TOKENS)];
+        for (fd, data) in kicks.chain(own) {
+            if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
                 warn!(%error, "cannot watch a queue");
             }
         }
@@ -143,15 +150,17 @@ impl MutEventSubscriber for Unit {
         match data {
             ..AGAIN => _ = self.kicks[data as usize].read(),
             AGAIN => _ = self.again.read(),
+            TOKENS => _ = self.tokens.wait(),
             _ => {}
         }
         // What happens while the device is paused or off is made up for by `wake_all`.
-        if !self.is_active() || self.paused {
+        if !self.unit.is_active() || self.paused {
             return;
         }
         match data {
             ..AGAIN => self.serve_queue(data as u16),
             AGAIN => self.serve_pending(),
+            TOKENS => self.serve_waiting(),
             _ => self.serve_source(data - SOURCE),
         }
     }
@@ -159,7 +168,7 @@ impl MutEventSubscriber for Unit {
 
 /// A thread with an event loop that owns devices.
 pub struct Runner {
-    endpoint: RemoteEndpoint<Unit>,
+    endpoint: RemoteEndpoint<Subscriber>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -167,7 +176,7 @@ pub struct Runner {
 impl Runner {
     /// Starts the thread named `name`. `on_panic` is called, on that thread, when it dies before it is told to.
     pub fn start(name: &str, on_panic: impl FnOnce() + Send + 'static) -> Result<Self, RunnerError> {
-        let mut manager = EventManager::<Unit>::new()?;
+        let mut manager = EventManager::<Subscriber>::new()?;
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
         let thread = std::thread::Builder::new().name(name.into()).spawn({
@@ -190,10 +199,11 @@ impl Runner {
         Ok(Self { endpoint, stop, thread: Some(thread) })
     }
 
-    /// Moves `device` to this runner. The handle is what its transport talks to.
+    /// Moves `device`, with these limits for its lanes, to this runner. The handle is what its transport talks to.
     pub fn add(
         &self,
         device: Box<dyn VirtioDevice>,
+        limits: &[Limits],
         notifier: Arc<dyn Notifier>,
         mem: GuestMemory,
     ) -> Result<Arc<UnitHandle>, RunnerError> {
@@ -202,24 +212,21 @@ impl Runner {
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<Result<Arc<[_]>, _>>()?;
-        let unit = Unit {
-            counters: device.counters(),
-            device,
+        let unit = Unit::new(device, limits, notifier, mem);
+        let counters = unit.counters().clone();
+        let subscriber = Subscriber {
+            unit,
             kicks: kicks.clone(),
             again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             pending: Vec::new(),
-            notifier,
-            mem,
-            cores: Vec::new(),
+            tokens: TimerFd::new().map_err(std::io::Error::from)?,
             sources: Vec::new(),
-            broken: false,
-            epoch: 0,
             paused: false,
         };
         let id = self
             .endpoint
-            .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(unit)))?;
-        Ok(Arc::new(UnitHandle { endpoint: self.endpoint.clone(), id, kicks }))
+            .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(subscriber)))?;
+        Ok(Arc::new(UnitHandle { endpoint: self.endpoint.clone(), id, kicks, counters }))
     }
 }
 
@@ -236,9 +243,27 @@ impl Drop for Runner {
 
 /// A device that lives on a runner, seen from elsewhere.
 pub struct UnitHandle {
-    endpoint: RemoteEndpoint<Unit>,
+    endpoint: RemoteEndpoint<Subscriber>,
     id: SubscriberId,
     kicks: Arc<[EventFd]>,
+    counters: Arc<Counters>,
+}
+
+/// A device's configuration could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum UpdateFailed {
+    /// The device refused it.
+    #[error(transparent)]
+    Device(#[from] UpdateError),
+    /// The runner is gone.
+    #[error(transparent)]
+    Runner(#[from] RunnerError),
+}
+
+impl From<event_manager::Error> for UpdateFailed {
+    fn from(error: event_manager::Error) -> Self {
+        Self::Runner(error.into())
+    }
 }
 
 impl UnitHandle {
@@ -252,26 +277,52 @@ impl UnitHandle {
     pub fn set_paused(&self, paused: bool) -> Result<(), RunnerError> {
         let id = self.id;
         Ok(self.endpoint.call_blocking(move |ops| {
-            let unit = ops.subscriber_mut(id)?;
-            unit.paused = paused;
-            if !paused && unit.is_active() {
-                unit.wake_all();
+            let subscriber = ops.subscriber_mut(id)?;
+            subscriber.paused = paused;
+            match paused {
+                true => subscriber.unit.drain(),
+                false if subscriber.unit.is_active() => subscriber.wake_all(),
+                false => {}
             }
             Ok::<_, event_manager::Error>(())
         })?)
+    }
+
+    /// Counters of the device.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// Changes the device's configuration. After an error it is as it was.
+    pub fn update(&self, update: &Update) -> Result<(), UpdateFailed> {
+        let (id, update) = (self.id, update.clone());
+        self.endpoint.call_blocking(move |ops| {
+            // The device may close what is watched, and open something else under the same number.
+            let before = ops.subscriber_mut(id)?.sources.clone();
+            watch(ops, id, &before, false)?;
+            let subscriber = ops.subscriber_mut(id)?;
+            let updated = subscriber.update(&update);
+            if subscriber.unit.is_active() {
+                subscriber.sources = subscriber.unit.host_sources();
+            }
+            let after = subscriber.sources.clone();
+            watch(ops, id, &after, true)?;
+            Ok(updated?)
+        })
     }
 }
 
 /// Watches or stops watching host sources, edge triggered.
 fn watch(
-    ops: &mut dyn SubscriberOps<Subscriber = Unit>,
+    ops: &mut dyn SubscriberOps<Subscriber = Subscriber>,
     id: SubscriberId,
     sources: &[HostSource],
     on: bool,
 ) -> event_manager::Result<()> {
     let mut ops = ops.event_ops(id)?;
     sources.iter().try_for_each(|source| {
-        let set = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        let room = if source.writable { EventSet::OUT } else { EventSet::empty() };
+        let set = EventSet::IN | EventSet::EDGE_TRIGGERED | room;
         let events = Events::with_data_raw(source.fd, SOURCE + source.token, set);
         if on { ops.add(events) } else { ops.remove(events) }
     })

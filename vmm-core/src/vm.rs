@@ -5,13 +5,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use devices::model::{Counters, UpdateError};
+use devices::registry::{DeviceConfig, Patch};
+
 use crate::VmBuilder;
 use crate::config::VmConfig;
 use crate::console::{ConsoleInput, ConsoleReader};
 use crate::diagnosis;
 use crate::hypervisor::HvError;
 use crate::machine::{Inbox, Machine, Milestones, Reported};
-use crate::runner::RunnerError;
+use crate::runner::{RunnerError, UnitHandle, UpdateFailed};
 use crate::state::{IllegalTransition, StopReason, VmState};
 use crate::vcpu::VcpuEnd;
 
@@ -27,19 +30,51 @@ pub enum VmError {
     /// The devices' event loop failed.
     #[error(transparent)]
     Runner(#[from] RunnerError),
+    /// The machine has no device of this name.
+    #[error("there is no device '{name}'; {known}")]
+    NoDevice {
+        /// The name asked for.
+        name: String,
+        /// Names that there are.
+        known: String,
+    },
+    /// A device's configuration could not be changed.
+    #[error(transparent)]
+    Update(#[from] UpdateError),
     /// The control thread has ended.
     #[error("the machine is gone")]
     Gone,
 }
 
+impl From<UpdateFailed> for VmError {
+    fn from(failed: UpdateFailed) -> Self {
+        match failed {
+            UpdateFailed::Device(error) => Self::Update(error),
+            UpdateFailed::Runner(error) => Self::Runner(error),
+        }
+    }
+}
+
+/// A device of a machine, for whoever watches it.
+#[derive(Clone, Debug)]
+pub struct DeviceStatus {
+    /// Its id, or its kind and its number among those of its kind.
+    pub name: String,
+    /// Its kind.
+    pub kind: &'static str,
+    /// What it has counted since the machine was built.
+    pub counters: Arc<Counters>,
+}
+
 /// What the control thread is asked to do.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) enum Command {
     Start,
     Pause,
     Resume,
     Stop,
     PowerButton,
+    Update { name: String, patch: Patch },
 }
 
 /// What reaches the control thread.
@@ -61,11 +96,16 @@ const LAST_WORDS_GRACE: Duration = Duration::from_secs(10);
 struct Shared {
     state: Mutex<VmState>,
     changed: Condvar,
+    config: Mutex<VmConfig>,
 }
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, VmState> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn config(&self) -> MutexGuard<'_, VmConfig> {
+        self.config.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     fn transition(&self, to: VmState) -> Result<(), IllegalTransition> {
@@ -97,6 +137,7 @@ pub struct Vm {
     milestones: Arc<Milestones>,
     console_input: ConsoleInput,
     console: Mutex<Option<ConsoleReader>>,
+    devices: Vec<DeviceStatus>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -107,12 +148,23 @@ impl Vm {
     }
 
     pub(crate) fn run(
+        config: VmConfig,
         machine: Machine,
         console: ConsoleReader,
         inbox: Arc<Inbox>,
         messages: Receiver<Message>,
     ) -> Result<Self, std::io::Error> {
-        let shared = Arc::new(Shared { state: Mutex::new(VmState::Created), changed: Condvar::new() });
+        let device = |((name, unit), config): (&(String, Arc<UnitHandle>), &DeviceConfig)| DeviceStatus {
+            name: name.clone(),
+            kind: config.kind(),
+            counters: unit.counters().clone(),
+        };
+        let devices = machine.units.iter().zip(&config.devices).map(device).collect();
+        let shared = Arc::new(Shared {
+            state: Mutex::new(VmState::Created),
+            changed: Condvar::new(),
+            config: Mutex::new(config),
+        });
         let (milestones, console_input) = (machine.milestones.clone(), machine.console_input.clone());
         let control = machine.control.clone();
         let thread = std::thread::Builder::new().name("vm-control".into()).spawn({
@@ -135,7 +187,7 @@ impl Vm {
             }
         })?;
         let console = Mutex::new(Some(console));
-        Ok(Self { control, shared, inbox, milestones, console_input, console, thread: Some(thread) })
+        Ok(Self { control, shared, inbox, milestones, console_input, console, devices, thread: Some(thread) })
     }
 
     fn command(&self, command: Command) -> Result<(), VmError> {
@@ -175,6 +227,30 @@ impl Vm {
     /// Presses the power button: a guest with ACPI and something that listens (systemd, our init) shuts down.
     pub fn press_power_button(&self) -> Result<(), VmError> {
         self.command(Command::PowerButton)
+    }
+
+    /// Changes what can change of the device `name` while the machine runs: its limits, and what its kind allows,
+    /// such as a disk's path. After an error it is as it was.
+    ///
+    /// ```no_run
+    /// # use vmm_core::{Vm, devices::registry::Patch};
+    /// # fn slow_down(vm: &Vm) -> Result<(), vmm_core::VmError> {
+    /// let patch = Patch::from_iter([("bandwidth".to_owned(), "10M/1s".into())]);
+    /// vm.update("rng0", patch)
+    /// # }
+    /// ```
+    pub fn update(&self, name: &str, patch: Patch) -> Result<(), VmError> {
+        self.command(Command::Update { name: name.into(), patch })
+    }
+
+    /// The machine's configuration, with what [`Self::update`] changed.
+    pub fn config(&self) -> VmConfig {
+        self.shared.config().clone()
+    }
+
+    /// The machine's virtio devices.
+    pub fn devices(&self) -> &[DeviceStatus] {
+        &self.devices
     }
 
     /// Where the machine is in its life.
@@ -293,6 +369,19 @@ impl Control {
             }
             Command::Stop => self.stop(StopReason::Requested),
             Command::PowerButton => machine.power_button.trigger(),
+            Command::Update { name, patch } => {
+                let mut config = self.shared.config();
+                let names = config.device_names();
+                let known = match names.is_empty() {
+                    true => "it has none".into(),
+                    false => format!("there are {}", names.join(", ")),
+                };
+                let at = names.iter().position(|known| *known == name);
+                let at = at.ok_or(VmError::NoDevice { name, known })?;
+                let update = config.devices[at].patched(&patch)?;
+                machine.units[at].1.update(&update)?;
+                config.devices[at] = update.config;
+            }
         }
         Ok(())
     }

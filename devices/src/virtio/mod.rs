@@ -8,7 +8,7 @@ pub mod net;
 pub mod queue;
 pub mod registers;
 pub mod rng;
-pub mod service;
+pub mod unit;
 
 #[cfg(any(test, feature = "specimen"))]
 pub mod test_driver;

@@ -5,6 +5,7 @@
 //! chains per call, and a head index can only be in flight once.
 
 use std::sync::atomic::{Ordering, fence};
+use std::time::Instant;
 
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -13,6 +14,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 use super::buffers::Buffers;
 use crate::GuestMemory;
 use crate::model::ActivateError;
+use crate::throttle::Throttle;
 
 /// Longest chain in descriptors that a device accepts: what one vectored system call takes (IOV_MAX).
 pub const MAX_CHAIN: usize = 1024;
@@ -76,6 +78,11 @@ pub struct QueueCore {
     pushed: bool,
     /// The last look at the available ring found nothing.
     dry: bool,
+    /// Which throttle it is subject to.
+    lane: usize,
+    /// Chains wait for that throttle's tokens.
+    throttled: bool,
+    waits: u64,
 }
 
 /// The head of a chain that the device holds: handed back exactly once, in [`VirtQueue::push`].
@@ -129,7 +136,39 @@ impl QueueCore {
             }
         }
         let in_flight = vec![0; usize::from(ring.size()).div_ceil(64)].into();
-        Ok(Self { ring, in_flight, epoch, fault: None, mistakes: 0, budget: 0, pushed: false, dry: false })
+        Ok(Self {
+            ring,
+            in_flight,
+            epoch,
+            fault: None,
+            mistakes: 0,
+            budget: 0,
+            pushed: false,
+            dry: false,
+            lane: 0,
+            throttled: false,
+            waits: 0,
+        })
+    }
+
+    /// Makes it subject to throttle number `lane` of those that [`Queues::lend_throttled`] is given.
+    pub fn set_lane(&mut self, lane: usize) {
+        self.lane = lane;
+    }
+
+    /// The throttle that chains wait for, if they do.
+    pub fn waits_for(&self) -> Option<usize> {
+        self.throttled.then_some(self.lane)
+    }
+
+    /// How often chains began to wait since the last call of this.
+    pub fn take_waits(&mut self) -> u64 {
+        std::mem::take(&mut self.waits)
+    }
+
+    /// Chains no longer wait for the throttle, for all that the owner knows.
+    pub fn stop_waiting(&mut self) {
+        self.throttled = false;
     }
 
     /// How the driver broke this queue, if it did. It stays unusable until the device is reset.
@@ -228,17 +267,37 @@ impl QueueCore {
 #[derive(Debug)]
 pub struct Queues<'a> {
     cores: &'a mut [QueueCore],
+    throttles: &'a mut [Throttle],
     mem: &'a GuestMemory,
 }
 
 impl<'a> Queues<'a> {
     /// Lends `cores` out, each with a fresh budget of as many chains as it has descriptors.
     pub fn lend(cores: &'a mut [QueueCore], mem: &'a GuestMemory) -> Self {
+        Self::lend_throttled(cores, &mut [], mem)
+    }
+
+    /// As [`Self::lend`], each subject to the throttle of its lane if there is one.
+    pub fn lend_throttled(
+        cores: &'a mut [QueueCore],
+        throttles: &'a mut [Throttle],
+        mem: &'a GuestMemory,
+    ) -> Self {
         for core in cores.iter_mut() {
             core.budget = core.ring.size();
             core.dry = false;
         }
-        Self { cores, mem }
+        // One look at the clock a turn, and none without limits.
+        if throttles.iter().any(Throttle::is_limited) {
+            let now = Instant::now();
+            throttles.iter_mut().for_each(|throttle| throttle.refill(now));
+        }
+        Self { cores, throttles, mem }
+    }
+
+    /// Guest memory, for a device whose requests outlive the call.
+    pub fn memory(&self) -> &'a GuestMemory {
+        self.mem
     }
 
     /// Queue number `index`.
@@ -246,7 +305,9 @@ impl<'a> Queues<'a> {
     /// # Panics
     /// When the device has no such queue: the device names its own queues, never the driver.
     pub fn get(&mut self, index: u16) -> VirtQueue<'_> {
-        VirtQueue { core: &mut self.cores[usize::from(index)], mem: self.mem }
+        let core = &mut self.cores[usize::from(index)];
+        let throttle = self.throttles.get_mut(core.lane).filter(|throttle| throttle.is_limited());
+        VirtQueue { core, throttle, mem: self.mem }
     }
 }
 
@@ -254,16 +315,28 @@ impl<'a> Queues<'a> {
 #[derive(Debug)]
 pub struct VirtQueue<'a> {
     core: &'a mut QueueCore,
+    throttle: Option<&'a mut Throttle>,
     mem: &'a GuestMemory,
 }
 
 impl<'a> VirtQueue<'a> {
-    /// Takes the next chain. `None`: there is none, this call's budget is used up, or the queue is broken.
+    /// Takes the next chain. `None`: there is none, this call's budget is used up, the queue is broken, or it has to
+    /// wait for its throttle. In the last case the owner comes back when it has tokens again.
     ///
     /// A malformed chain never gets here: it is given back with length 0 and counted.
     pub fn pop(&mut self) -> Option<Chain<'a>> {
         loop {
             if !self.core.is_usable() || self.core.budget == 0 {
+                return None;
+            }
+            if self.throttle.as_ref().is_some_and(|throttle| !throttle.permits()) {
+                // A queue without chains waits for its driver and not for tokens.
+                let end = self.core.ring.avail_idx(self.mem, Ordering::Acquire);
+                self.core.dry = end.is_ok_and(|end| end.0 == self.core.position());
+                if !self.core.dry {
+                    self.core.waits += u64::from(!self.core.throttled);
+                    self.core.throttled = true;
+                }
                 return None;
             }
             let position = self.core.position();
@@ -334,6 +407,14 @@ impl<'a> VirtQueue<'a> {
     /// More than the chain has room for is never reported. A head from before a reset is ignored.
     pub fn push(&mut self, head: Head, written: u32) {
         self.core.push(self.mem, head, written);
+    }
+
+    /// One operation of so many bytes: to be called once for each request or packet, as soon as its size is known,
+    /// and before the next chain is taken.
+    pub fn charge(&mut self, bytes: usize) {
+        if let Some(throttle) = &mut self.throttle {
+            throttle.charge(bytes as u64);
+        }
     }
 
     /// Counts a request that broke the specification in a way that only the device can see.

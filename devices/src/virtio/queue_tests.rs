@@ -60,7 +60,7 @@ impl Bench {
 
 impl<'a> Queues<'a> {
     fn into_queue(self, index: u16) -> VirtQueue<'a> {
-        VirtQueue { core: &mut self.cores[usize::from(index)], mem: self.mem }
+        VirtQueue { core: &mut self.cores[usize::from(index)], throttle: None, mem: self.mem }
     }
 }
 

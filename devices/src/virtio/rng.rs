@@ -8,26 +8,38 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use super::buffers::Buffers;
 use super::config_space::ConfigSpace;
 use super::queue::Queues;
-use crate::model::{Counters, DeviceKind, OpenError, Progress, VirtioDevice};
+use crate::model::{Counters, DeviceKind, MachineShape, OpenError, Progress, VirtioDevice};
+use crate::throttle::{Limits, TokenBucket};
 
 /// Most bytes that one request gets, however much room it has.
 const MAX_REQUEST: usize = 64 << 10;
 /// Bytes after which other devices get a turn.
 const MAX_PER_CALL: usize = 1 << 20;
 
-/// Configuration: there is nothing to choose.
+/// Configuration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Config {}
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Limit in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucket>,
+    /// Limit in requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucket>,
+}
 
 impl DeviceKind for Config {
     const NAME: &'static str = "rng";
-    const SYNTAX: &'static str = "";
+    const SYNTAX: &'static str = "[bandwidth=LIMIT][,ops=LIMIT]";
     const HELP: &'static str = "Random numbers from the host";
     const ON_BY_DEFAULT: bool = true;
 
-    fn open(&self) -> Result<Box<dyn VirtioDevice>, OpenError> {
+    fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         Ok(Box::new(Rng::new()))
+    }
+
+    fn limits(&self) -> Vec<Limits> {
+        vec![Limits { bandwidth: self.bandwidth, ops: self.ops }]
     }
 
     #[cfg(any(test, feature = "specimen"))]
@@ -101,6 +113,7 @@ impl VirtioDevice for Rng {
                 queue.count_mistake();
             }
             let written = self.fill(chain.writable);
+            queue.charge(written);
             total += written;
             Counters::add(&self.counters.requests, 1);
             Counters::add(&self.counters.bytes_to_guest, written as u64);
@@ -160,6 +173,24 @@ mod tests {
             crate::virtio::test_driver::Reply { used: Some(0), data: vec![] }
         );
         assert_eq!(driver.counters.guest_mistakes.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn requests_wait_for_their_limit_and_none_is_lost() {
+        let limits = Limits { bandwidth: "64/10ms+64".parse().ok(), ops: None };
+        let mut driver = Driver::limited(Config::specimen(), &[limits]);
+        driver.start(0);
+        for _ in 0..4 {
+            driver.post(0, &[], &[64]);
+        }
+        driver.kick(0);
+        assert_eq!(driver.used(0).len(), 2, "the bucket and its burst");
+        assert_eq!(driver.counters.throttled.load(Ordering::Relaxed), 1);
+        let mut rest = 0;
+        while driver.wait_for_tokens() {
+            rest += driver.used(0).len();
+        }
+        assert_eq!(rest, 2);
     }
 
     #[test]

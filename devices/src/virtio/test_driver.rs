@@ -3,20 +3,22 @@
 
 use std::num::NonZeroUsize;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
 
+use super::F_VERSION_1;
 use super::mmio::{MmioNotifier, MmioTransport};
-use super::queue::{QueueConfig, QueueCore};
-use super::{F_EVENT_IDX, F_VERSION_1, service};
+use super::queue::QueueConfig;
+use super::unit::Unit;
 use crate::GuestMemory;
 use crate::model::{
-    ActivateError, BusDevice, Counters, DeviceHost, Identity, IrqLine, Progress, VirtioDevice,
+    ActivateError, BusDevice, Counters, DeviceHost, Identity, IrqLine, Progress, UpdateError, VirtioDevice,
 };
+use crate::throttle::Limits;
 
 /// The two regions of guest memory, with a hole between them.
 pub const REGIONS: [(u64, usize); 2] = [(0, 0x10_0000), (0x20_0000, 0x1_0000)];
@@ -60,32 +62,18 @@ impl IrqLine for Interrupts {
 }
 
 /// What a machine's runner is to a device, without a thread: turns happen in the call that causes them.
-struct Host {
-    mem: GuestMemory,
-    notifier: Arc<MmioNotifier>,
-    unit: Mutex<Unit>,
-}
-
-struct Unit {
-    device: Box<dyn VirtioDevice>,
-    counters: Arc<Counters>,
-    cores: Vec<QueueCore>,
-    epoch: u32,
-    broken: bool,
-}
+struct Host(Mutex<Unit>);
 
 impl Host {
+    fn unit(&self) -> MutexGuard<'_, Unit> {
+        self.0.lock().expect("no panic in a turn")
+    }
+
     /// Runs `turn` on the active device until it is done.
     fn turns(&self, mut turn: impl FnMut(&mut Unit) -> Progress) {
-        let mut unit = self.unit.lock().expect("no panic in a turn");
+        let mut unit = self.unit();
         for _ in 0..MAX_TURNS {
-            if unit.cores.is_empty() {
-                return;
-            }
-            let progress = turn(&mut unit);
-            let Unit { counters, cores, broken, .. } = &mut *unit;
-            service::settle(cores, &self.mem, counters, &*self.notifier, broken);
-            if progress == Progress::Done {
+            if !unit.is_active() || turn(&mut unit) == Progress::Done {
                 return;
             }
         }
@@ -93,15 +81,10 @@ impl Host {
     }
 
     fn host_events(&self) {
-        let tokens = self.unit.lock().expect("no panic in a turn").device.host_sources();
-        for source in tokens {
+        let sources = self.unit().host_sources();
+        for source in sources {
             let mut again = Vec::new();
-            self.turns(|unit| {
-                let Unit { device, cores, .. } = unit;
-                service::serve_source(&mut **device, cores, &self.mem, source.token, |queue| {
-                    again.push(queue)
-                })
-            });
+            self.turns(|unit| unit.serve_source(source.token, |queue| again.push(queue)));
             again.into_iter().for_each(|queue| self.kick(queue));
         }
     }
@@ -109,25 +92,15 @@ impl Host {
 
 impl DeviceHost for Host {
     fn activate(&self, features: u64, queues: &[QueueConfig]) -> Result<(), ActivateError> {
-        let mut unit = self.unit.lock().expect("no panic in a turn");
-        let epoch = unit.epoch + 1;
-        let cores = (0..)
-            .zip(queues)
-            .map(|(i, config)| QueueCore::new(i, config, features & F_EVENT_IDX != 0, epoch, &self.mem))
-            .collect::<Result<_, _>>()?;
-        (unit.cores, unit.epoch, unit.broken) = (cores, epoch, false);
-        unit.device.activate(features);
-        Ok(())
+        self.unit().activate(features, queues)
     }
 
     fn reset(&self) {
-        let mut unit = self.unit.lock().expect("no panic in a turn");
-        unit.device.reset();
-        unit.cores.clear();
+        self.unit().reset();
     }
 
     fn kick(&self, queue: u16) {
-        self.turns(|unit| service::serve_queue(&mut *unit.device, &mut unit.cores, &self.mem, queue));
+        self.turns(|unit| unit.serve_queue(queue));
     }
 }
 
@@ -200,14 +173,18 @@ pub struct Driver {
 impl Driver {
     /// A driver of `device`, which has not touched it yet.
     pub fn new(device: Box<dyn VirtioDevice>) -> Self {
+        Self::limited(device, &[])
+    }
+
+    /// A driver of `device` with these limits for its lanes.
+    pub fn limited(device: Box<dyn VirtioDevice>, limits: &[Limits]) -> Self {
         let (mem, interrupts) = (memory(), Arc::<Interrupts>::default());
         let notifier = MmioNotifier::new(interrupts.clone());
         let queues = vec![[0; 3]; device.queue_sizes().len()];
         let counters = device.counters();
         let identity = Identity::of(&*device);
-        let unit = Unit { device, counters: counters.clone(), cores: Vec::new(), epoch: 0, broken: false };
-        let host = Host { mem: mem.clone(), notifier: notifier.clone(), unit: Mutex::new(unit) };
-        let host = Arc::new(host);
+        let unit = Unit::new(device, limits, notifier.clone(), mem.clone());
+        let host = Arc::new(Host(Mutex::new(unit)));
         let transport = MmioTransport::of(identity, notifier, host.clone());
         Self { mem, transport, counters, host, interrupts, queues, next_data: DATA }
     }
@@ -332,6 +309,25 @@ impl Driver {
     /// Lets the device see its host sources, as if each had an event.
     pub fn host_events(&self) {
         self.host.host_events();
+    }
+
+    /// Waits until chains that wait for tokens may go on, and lets them. Returns whether there were any.
+    pub fn wait_for_tokens(&self) -> bool {
+        let Some(at) = self.host.unit().tokens_at() else { return false };
+        std::thread::sleep(at.saturating_duration_since(std::time::Instant::now()));
+        let waiting: Vec<u16> = self.host.unit().waiting_queues().collect();
+        waiting.into_iter().for_each(|queue| self.host.kick(queue));
+        true
+    }
+
+    /// Lets the device finish its requests in flight, as before a pause.
+    pub fn drain(&self) {
+        self.host.unit().drain();
+    }
+
+    /// Changes the device's configuration to `config`, which is of its own kind.
+    pub fn update(&self, config: &dyn std::any::Any) -> Result<(), UpdateError> {
+        self.host.unit().update(config)
     }
 
     /// Heads and lengths that were used since the last call of this.

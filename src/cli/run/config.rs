@@ -63,10 +63,11 @@ pub fn merge(args: &RunArgs, file: ConfigFile) -> Result<VmConfig, UsageError> {
     }
     devices.retain(|device| !args.devices.removed.contains(&device.kind()));
     for device in &args.devices.added {
-        let is_switch = KINDS.iter().any(|kind| kind.name == device.kind() && kind.syntax.is_empty());
-        if !is_switch || !devices.contains(device) {
-            devices.push(device.clone());
+        // Of a kind that is there anyway, a flag says how it is to be.
+        if KINDS.iter().any(|kind| kind.name == device.kind() && kind.on_by_default) {
+            devices.retain(|other| other.kind() != device.kind());
         }
+        devices.push(device.clone());
     }
     if !lists_devices {
         for kind in KINDS.iter().filter(|kind| kind.on_by_default) {

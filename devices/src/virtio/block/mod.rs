@@ -17,7 +17,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::config_space::ConfigSpace;
 use super::queue::Queues;
-use crate::model::{Counters, DeviceKind, OpenError, Progress, VirtioDevice};
+use crate::model::{Counters, DeviceKind, MachineShape, OpenError, Progress, VirtioDevice};
 use file::Disk;
 use request::{Operation, Request, Status};
 
@@ -64,7 +64,7 @@ impl DeviceKind for Config {
     const HELP: &'static str = "A disk, from a raw image or a block device";
     const BARE_KEY: Option<&'static str> = Some("path");
 
-    fn open(&self) -> Result<Box<dyn VirtioDevice>, OpenError> {
+    fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         let id = self.id.as_deref().unwrap_or_default();
         if id.len() > ID_BYTES || !id.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(OpenError::Value {

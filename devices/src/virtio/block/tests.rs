@@ -366,7 +366,7 @@ fn image(bytes: u64) -> tempfile::NamedTempFile {
 }
 
 fn refusal(config: &Config) -> String {
-    config.open().err().expect("refused").to_string()
+    config.open(&crate::model::MachineShape { cpus: 1 }).err().expect("refused").to_string()
 }
 
 #[test]
@@ -409,14 +409,17 @@ fn what_is_no_disk_is_refused_in_one_sentence() {
 fn a_disk_has_one_writer_or_many_readers() {
     let file = image(512);
     let config = |ro| Config { ro, ..Config::new(file.path()) };
-    let readers = [config(true).open().expect("one reader"), config(true).open().expect("another")];
+    let readers = [
+        config(true).open(&crate::model::MachineShape { cpus: 1 }).expect("one reader"),
+        config(true).open(&crate::model::MachineShape { cpus: 1 }).expect("another"),
+    ];
     assert!(refusal(&config(false)).contains("another VM is using it; stop that VM, or add ',ro' to both"));
     drop(readers);
-    let writer = config(false).open().expect("a writer");
+    let writer = config(false).open(&crate::model::MachineShape { cpus: 1 }).expect("a writer");
     assert!(refusal(&config(false)).contains("another VM is using it"));
     assert!(refusal(&config(true)).contains("another VM is writing to it; stop that VM, or make a copy"));
     drop(writer);
-    config(false).open().expect("another writer");
+    config(false).open(&crate::model::MachineShape { cpus: 1 }).expect("another writer");
 }
 
 #[test]

@@ -22,7 +22,7 @@ use virtio_bindings::virtio_net::{
 use super::buffers::Buffers;
 use super::config_space::ConfigSpace;
 use super::queue::{MAX_CHAIN, Queues};
-use crate::model::{Counters, DeviceKind, HostSource, OpenError, Progress, VirtioDevice};
+use crate::model::{Counters, DeviceKind, HostSource, MachineShape, OpenError, Progress, VirtioDevice};
 use header::{HEADER_BYTES, Offloads};
 pub use mac::{MacAddr, MacError};
 use rx::Receiver;
@@ -67,7 +67,7 @@ impl DeviceKind for Config {
     const SYNTAX: &'static str = "tap=NAME[,mac=ADDRESS][,id=NAME]";
     const HELP: &'static str = "A network interface, on a tap interface of the host";
 
-    fn open(&self) -> Result<Box<dyn VirtioDevice>, OpenError> {
+    fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         let name = match &self.id {
             Some(id) => format!("{}/{id}", self.tap),
             None => self.tap.clone(),
@@ -230,7 +230,7 @@ impl VirtioDevice for Net {
     }
 
     fn host_sources(&self) -> Vec<HostSource> {
-        vec![HostSource { fd: self.tap.fd().as_raw_fd(), token: 0 }]
+        vec![HostSource { fd: self.tap.fd().as_raw_fd(), token: 0, writable: false }]
     }
 
     fn host_event(&mut self, queues: &mut Queues<'_>, _token: u32) -> Progress {

@@ -431,7 +431,9 @@ fn a_flood_of_frames_takes_several_turns_and_all_arrive() {
 #[test]
 fn taps_that_cannot_be_opened_are_refused_in_one_sentence() {
     let config = |tap: &str| Config { tap: tap.into(), mac: None, id: None };
-    let refusal = |tap: &str| config(tap).open().err().expect("refused").to_string();
+    let refusal = |tap: &str| {
+        config(tap).open(&crate::model::MachineShape { cpus: 1 }).err().expect("refused").to_string()
+    };
     assert_eq!(
         refusal("vmm-no-such-tap"),
         "cannot open tap 'vmm-no-such-tap': no such interface; make it with: ip tuntap add vmm-no-such-tap mode tap"

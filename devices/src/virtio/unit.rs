@@ -1,0 +1,221 @@
+//! A device with everything that its owner keeps for it: queues, throttles, and what the driver is to be told.
+//!
+//! The owner gives it turns: after a kick, after an event on the host, when tokens have come back. What all devices
+//! need around their own logic is here, once. It has no thread and no event loop, so that tests and fuzz targets run
+//! what the machine runs.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tracing::debug;
+
+use super::F_EVENT_IDX;
+use super::config_space::ConfigSpace;
+use super::queue::{QueueConfig, QueueCore, Queues};
+use crate::GuestMemory;
+use crate::model::{ActivateError, Counters, HostSource, Notifier, Progress, UpdateError, VirtioDevice};
+use crate::throttle::{Limits, LogLimit, Throttle};
+
+/// How often a queue that fills as fast as it is served is served in one turn.
+const ROUNDS: usize = 4;
+
+/// A device and its queues.
+pub struct Unit {
+    device: Box<dyn VirtioDevice>,
+    mem: GuestMemory,
+    notifier: Arc<dyn Notifier>,
+    counters: Arc<Counters>,
+    config: Arc<ConfigSpace>,
+    /// Generation of the configuration space that the driver knows, or was told of.
+    generation: u32,
+    /// Empty while the device is not active.
+    cores: Vec<QueueCore>,
+    throttles: Vec<Throttle>,
+    /// The driver broke a queue in this activation.
+    broken: bool,
+    /// Tells this activation from the others.
+    epoch: u32,
+    log: LogLimit,
+}
+
+impl Unit {
+    /// A device that is not active, with these limits for its lanes.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        limits: &[Limits],
+        notifier: Arc<dyn Notifier>,
+        mem: GuestMemory,
+    ) -> Self {
+        let config = device.config_space();
+        Self {
+            counters: device.counters(),
+            generation: config.generation(),
+            config,
+            device,
+            mem,
+            notifier,
+            cores: Vec::new(),
+            throttles: limits.iter().map(Throttle::new).collect(),
+            broken: false,
+            epoch: 0,
+            log: LogLimit::default(),
+        }
+    }
+
+    /// Whether the driver has started the device.
+    pub fn is_active(&self) -> bool {
+        !self.cores.is_empty()
+    }
+
+    /// Counters of the device.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
+    /// What the device wants to have watched; to be asked again after [`Self::activate`] and [`Self::update`].
+    pub fn host_sources(&self) -> Vec<HostSource> {
+        self.device.host_sources()
+    }
+
+    /// The driver started the device.
+    pub fn activate(&mut self, features: u64, queues: &[QueueConfig]) -> Result<(), ActivateError> {
+        self.epoch = self.epoch.wrapping_add(1);
+        let event_idx = features & F_EVENT_IDX != 0;
+        let core = |(i, config)| {
+            let mut core = QueueCore::new(i, config, event_idx, self.epoch, &self.mem)?;
+            core.set_lane(self.device.lane(i));
+            Ok(core)
+        };
+        self.cores = (0u16..).zip(queues).map(core).collect::<Result<_, _>>()?;
+        self.generation = self.config.generation();
+        self.device.activate(features);
+        Ok(())
+    }
+
+    /// The driver reset the device.
+    pub fn reset(&mut self) {
+        self.device.reset();
+        self.cores.clear();
+        self.broken = false;
+    }
+
+    fn lend(&mut self) -> (&mut dyn VirtioDevice, Queues<'_>) {
+        (&mut *self.device, Queues::lend_throttled(&mut self.cores, &mut self.throttles, &self.mem))
+    }
+
+    /// Serves `queue` after its driver's kick. [`Progress::More`]: this is to be called again soon, and the driver
+    /// will not kick before that.
+    pub fn serve_queue(&mut self, queue: u16) -> Progress {
+        let progress = self.serve_rounds(queue);
+        self.settle();
+        progress
+    }
+
+    /// Serves the host's event `token`. [`Progress::More`]: this is to be called again soon. `again` is called with
+    /// queues for which [`Self::serve_queue`] is to be called soon.
+    pub fn serve_source(&mut self, token: u32, mut again: impl FnMut(u16)) -> Progress {
+        let before: Vec<u16> = self.cores.iter().map(QueueCore::position).collect();
+        let (device, mut queues) = self.lend();
+        let progress = device.host_event(&mut queues, token);
+        // With event index, a driver kicks only when it passes the position that it was last told. A device that
+        // used up a queue's chains here waits for that kick.
+        for (queue, before) in (0u16..).zip(before) {
+            let core = &mut self.cores[usize::from(queue)];
+            let more = core.position() != before && core.enable_kicks(&self.mem);
+            if more && self.serve_rounds(queue) == Progress::More {
+                again(queue);
+            }
+        }
+        self.settle();
+        progress
+    }
+
+    /// A driver that is told not to kick while its queue is served anyway, or that suppresses kicks by event index,
+    /// announces nothing. So kicks are turned on again before a turn ends, and the queue is looked at once more.
+    fn serve_rounds(&mut self, queue: u16) -> Progress {
+        let at = usize::from(queue);
+        self.cores[at].disable_kicks(&self.mem);
+        self.cores[at].stop_waiting();
+        for _ in 0..ROUNDS {
+            let before = self.cores[at].position();
+            let (device, mut queues) = self.lend();
+            if device.process(&mut queues, queue) == Progress::More {
+                return Progress::More;
+            }
+            let core = &mut self.cores[at];
+            if core.waits_for().is_some() {
+                // The owner comes back, whether or not the driver kicks.
+                return Progress::Done;
+            }
+            // Chains that came in before kicks were on again are served now. Chains that the device saw and left
+            // alone wait for the host, not for the driver.
+            let left_alone = core.position() == before && !core.was_dry();
+            if !core.enable_kicks(&self.mem) || left_alone {
+                return Progress::Done;
+            }
+        }
+        // Kicks are on, but for the chains that were just seen none may come.
+        Progress::More
+    }
+
+    /// When chains that wait for a throttle's tokens may go on, if any do.
+    pub fn tokens_at(&self) -> Option<Instant> {
+        self.cores.iter().filter_map(|core| self.throttles.get(core.waits_for()?)?.permits_at()).min()
+    }
+
+    /// The queues whose chains wait for tokens: to be served again at [`Self::tokens_at`].
+    pub fn waiting_queues(&self) -> impl Iterator<Item = u16> + '_ {
+        (0u16..).zip(&self.cores).filter(|(_, core)| core.waits_for().is_some()).map(|(queue, _)| queue)
+    }
+
+    /// Finishes all requests in flight.
+    pub fn drain(&mut self) {
+        if self.is_active() {
+            let (device, mut queues) = self.lend();
+            device.drain(&mut queues);
+            self.settle();
+        }
+    }
+
+    /// Takes over a changed configuration, see [`VirtioDevice::update`].
+    pub fn update(&mut self, config: &dyn Any) -> Result<(), UpdateError> {
+        self.drain();
+        let updated = self.device.update(config);
+        self.settle();
+        updated
+    }
+
+    /// New limits, with full buckets. Every waiting queue is to be served again.
+    pub fn set_limits(&mut self, limits: &[Limits]) {
+        self.throttles = limits.iter().map(Throttle::new).collect();
+    }
+
+    /// After a turn: interrupts for what was used, news of the configuration space, the count of mistakes and of
+    /// waits, and, once an activation, DEVICE_NEEDS_RESET for a queue that the driver broke.
+    fn settle(&mut self) {
+        for (queue, core) in (0u16..).zip(&mut self.cores) {
+            if core.take_notification(&self.mem) {
+                self.notifier.queue_used(queue);
+            }
+            Counters::add(&self.counters.guest_mistakes, core.take_mistakes());
+            Counters::add(&self.counters.throttled, core.take_waits());
+            if let (Some(fault), false) = (core.fault(), self.broken) {
+                if self.log.permits() {
+                    debug!(queue, ?fault, "the driver broke a virtqueue; the device needs a reset");
+                }
+                Counters::add(&self.counters.guest_mistakes, 1);
+                self.broken = true;
+                self.notifier.needs_reset();
+            }
+        }
+        let generation = self.config.generation();
+        if std::mem::replace(&mut self.generation, generation) != generation && self.is_active() {
+            self.notifier.config_changed();
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "unit_tests.rs"]
+mod tests;

@@ -7,6 +7,7 @@
 //! - [`model`]: the traits that a device implements, and those it is handed.
 //! - [`virtio`]: queues, transports and one file per virtio device.
 //! - [`legacy`]: the few pieces of a PC that a Linux guest still looks for.
+//! - [`pci`]: the bus, its configuration spaces, and MSI-X.
 //! - [`params`] and [`size`]: configuration as people write it on a command line.
 //! - [`throttle`]: token buckets, for what a guest may use of a device and of the log.
 //! - [`registry`]: the one list of virtio device kinds. Command line, configuration, conformance tests and
@@ -15,6 +16,7 @@
 pub mod legacy;
 pub mod model;
 pub mod params;
+pub mod pci;
 pub mod registry;
 pub mod size;
 pub mod throttle;

@@ -34,6 +34,12 @@ pub trait IrqLine: Send + Sync {
     fn trigger(&self);
 }
 
+/// Sends message signalled interrupts into the guest's interrupt controller.
+pub trait MsiSender: Send + Sync {
+    /// Sends one. Address and data are the guest's own choice, and what they do is the guest's own affair.
+    fn send(&self, address: u64, data: u32);
+}
+
 /// How the owner of a virtio device tells the guest that something happened. Each transport has its own.
 pub trait Notifier: Send + Sync {
     /// Buffers of `queue` were used and the driver wants to know.

@@ -15,7 +15,7 @@ use anyhow::anyhow;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args};
 use rustix::io::Errno;
-use vmm_core::config::{BootProtocol, SerialConfig};
+use vmm_core::config::{BootProtocol, SerialConfig, Transport};
 use vmm_core::console::WhenFull;
 use vmm_core::devices::size::ByteSize;
 use vmm_core::devices::virtio::block;
@@ -97,6 +97,10 @@ pub struct RunArgs {
     #[arg(long, value_name = "PROTOCOL", help_heading = "Machine", value_parser = boot_protocol())]
     boot_protocol: Option<BootProtocol>,
 
+    /// How the guest reaches its devices: mmio boots faster, pci takes interrupts with fewer exits [default: mmio]
+    #[arg(long, value_name = "TRANSPORT", help_heading = "Machine", value_parser = transport())]
+    transport: Option<Transport>,
+
     #[command(flatten)]
     devices: DeviceFlags,
 
@@ -170,6 +174,13 @@ fn boot_protocol() -> impl TypedValueParser<Value = BootProtocol> {
         "linux" => BootProtocol::Linux,
         "pvh" => BootProtocol::Pvh,
         _ => BootProtocol::Auto,
+    })
+}
+
+fn transport() -> impl TypedValueParser<Value = Transport> {
+    PossibleValuesParser::new(["mmio", "pci"]).map(|name| match name.as_str() {
+        "pci" => Transport::Pci,
+        _ => Transport::Mmio,
     })
 }
 

@@ -9,14 +9,16 @@ use std::sync::mpsc::{self, Sender};
 
 use devices::legacy::boot::{self, BootPort};
 use devices::legacy::cmos::{self, Cmos};
-use devices::legacy::host_bridge::{self, HostBridge};
 use devices::legacy::i8042::{self, I8042};
 use devices::legacy::power::{self, PowerRegisters};
 use devices::legacy::pvpanic::{self, PvPanic};
 use devices::legacy::serial::{self, SerialPort};
 use devices::model::{Identity, MachineEvents, MachineShape, OpenError, VirtioDevice};
+use devices::pci::Function;
+use devices::pci::root::{self, Ecam, Ports, Root};
 use devices::throttle::Limits;
 use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
+use devices::virtio::pci::{self, PciNotifier, PciTransport};
 
 use crate::bus::Overlap;
 use crate::config::{ConfigError, SERIAL_FILE_MAX, SerialConfig, VmConfig};
@@ -29,7 +31,7 @@ use crate::runner::{Runner, RunnerError, UnitHandle};
 use crate::vcpu::Buses;
 use crate::vm::{Message, Vm};
 use crate::x86_64::kernel::{self, Kernel, KernelError};
-use crate::x86_64::{MmioSlot, acpi, cpu, cpuid, layout, mptable};
+use crate::x86_64::{MmioSlot, Slots, acpi, cpu, cpuid, layout, mptable};
 
 /// A machine that could not be built: a sentence for the operator. Nothing is left behind.
 #[derive(Debug, thiserror::Error)]
@@ -113,7 +115,7 @@ impl VmBuilder {
             (None, _) => {}
         }
         if let Some(kernel) = &kernel {
-            command_line(config, kernel, &mmio_slots(config.devices.len()))?;
+            command_line(config, kernel, &Slots::new(config.transport, config.devices.len()))?;
         }
         Ok(())
     }
@@ -148,12 +150,15 @@ impl VmBuilder {
         let vm = hypervisor.create_vm()?;
         vm.map_memory(&ram)?;
         // A kernel with ACPI believes that there is no i8254, one without may calibrate its clocks with it.
-        vm.create_irqchip(!kernel.finds_virtio_by_acpi)?;
+        vm.create_irqchip(!kernel.has_acpi)?;
         milestones.reach(Milestone::VmCreated);
 
         let mut parts = Parts { vm, ram, control, inbox, buses: Buses::default() };
-        let (runners, slots, units) = parts.add_virtio(&config, devices)?;
-        parts.describe(&config, &kernel, initrd, &slots)?;
+        let slots = Slots::new(config.transport, devices.len());
+        let cmdline = command_line(&config, &kernel, &slots)?;
+        let access = PciAccess::of(&kernel, &slots, &cmdline);
+        let (runners, units) = parts.add_virtio(&config, devices, &slots, access)?;
+        parts.describe(&config, &kernel, initrd, &slots, &cmdline)?;
         let idle = parts.create_vcpus(&*hypervisor, &config, &kernel)?;
 
         let power_button = parts.vm.irq_line(layout::GED_IRQ)?;
@@ -248,7 +253,6 @@ impl Parts {
         let pio = &mut self.buses.pio;
         let port = Arc::new(ConsolePort::new(serial, control));
         pio.insert(serial::PORT.into(), serial::PORTS.into(), port)?;
-        pio.insert(host_bridge::PORT.into(), host_bridge::PORTS.into(), Arc::new(HostBridge::new()))?;
         let i8042 = Arc::new(I8042::new(events.clone()));
         pio.insert(i8042::PORT.into(), i8042::PORTS.into(), i8042)?;
         pio.insert(cmos::PORT.into(), cmos::PORTS.into(), Arc::new(Cmos::new()))?;
@@ -261,17 +265,18 @@ impl Parts {
         Ok(input)
     }
 
-    /// Puts virtio devices on runners and on the MMIO bus.
+    /// Puts virtio devices on runners and on their transport.
     fn add_virtio(
         &mut self,
         config: &VmConfig,
         devices: Vec<Box<dyn VirtioDevice>>,
+        slots: &Slots,
+        access: PciAccess,
     ) -> Result<Virtio, BuildError> {
-        let slots = mmio_slots(devices.len());
         let (mut shared, mut own, mut units) = (None, Vec::new(), Vec::new());
-        for (((device, name), config), slot) in
-            devices.into_iter().zip(config.device_names()).zip(&config.devices).zip(&slots)
-        {
+        let mut functions: Vec<Arc<dyn Function>> = Vec::new();
+        let configs = config.device_names().into_iter().zip(&config.devices);
+        for (i, (device, (name, config))) in devices.into_iter().zip(configs).enumerate() {
             let runner = match (config.own_runner(), &mut shared) {
                 (true, _) => {
                     own.push(self.start_runner(&name)?);
@@ -280,9 +285,19 @@ impl Parts {
                 (false, Some(runner)) => &*runner,
                 (false, shared) => &*shared.insert(self.start_runner("virtio")?),
             };
-            units.push((name, self.add_device(runner, device, &config.limits(), *slot)?));
+            let limits = config.limits();
+            let unit = match slots {
+                Slots::Mmio(slots) => self.add_mmio_device(runner, device, &limits, slots[i])?,
+                Slots::Pci(bars) => {
+                    let (unit, function) = self.add_pci_device(runner, device, &limits, bars[i])?;
+                    functions.push(function);
+                    unit
+                }
+            };
+            units.push((name, unit));
         }
-        Ok((shared.into_iter().chain(own).collect(), slots, units))
+        self.add_pci(access, functions)?;
+        Ok((shared.into_iter().chain(own).collect(), units))
     }
 
     fn start_runner(&self, name: &str) -> Result<Runner, RunnerError> {
@@ -293,7 +308,7 @@ impl Parts {
         })
     }
 
-    fn add_device(
+    fn add_mmio_device(
         &mut self,
         runner: &Runner,
         device: Box<dyn VirtioDevice>,
@@ -304,11 +319,44 @@ impl Parts {
         let identity = Identity::of(&*device);
         let unit = runner.add(device, limits, notifier.clone(), self.ram.memory().clone())?;
         for (queue, event) in unit.kicks().iter().enumerate() {
-            self.vm.signal_on_write(slot.addr + mmio::QUEUE_NOTIFY, queue as u32, event)?;
+            self.vm.signal_on_write(slot.addr + mmio::QUEUE_NOTIFY, Some(queue as u32), event)?;
         }
         let transport = MmioTransport::of(identity, notifier, unit.clone());
         self.buses.mmio.insert(slot.addr, slot.len, Arc::new(transport))?;
         Ok(unit)
+    }
+
+    fn add_pci_device(
+        &mut self,
+        runner: &Runner,
+        device: Box<dyn VirtioDevice>,
+        limits: &[Limits],
+        bar: u32,
+    ) -> Result<(Arc<UnitHandle>, Arc<PciTransport>), BuildError> {
+        let identity = Identity::of(&*device);
+        let notifier = PciNotifier::over(identity.queue_sizes.len(), self.vm.clone().msi_sender());
+        let unit = runner.add(device, limits, notifier.clone(), self.ram.memory().clone())?;
+        for (register, event) in
+            (u64::from(bar) + pci::NOTIFY..).step_by(pci::NOTIFY_STEP as usize).zip(unit.kicks())
+        {
+            self.vm.signal_on_write(register, None, event)?;
+        }
+        let transport = Arc::new(PciTransport::of(identity, bar, notifier, unit.clone()));
+        self.buses.mmio.insert(bar.into(), pci::SIZE, transport.clone())?;
+        Ok((unit, transport))
+    }
+
+    /// Puts bus 0 with these functions on the ports or into memory: see [`PciAccess`].
+    fn add_pci(&mut self, access: PciAccess, functions: Vec<Arc<dyn Function>>) -> Result<(), BuildError> {
+        let root = Root::new(functions);
+        if access.memory {
+            let ecam = Arc::new(Ecam::new(root.clone()));
+            self.buses.mmio.insert(layout::PCI_ECAM, root::ECAM_SIZE, ecam)?;
+        }
+        if access.ports {
+            self.buses.pio.insert(root::PORT.into(), root::PORTS.into(), Arc::new(Ports::new(root)))?;
+        }
+        Ok(())
     }
 
     /// Writes everything that tells the guest's kernel what machine it is on.
@@ -317,11 +365,11 @@ impl Parts {
         config: &VmConfig,
         kernel: &Kernel,
         initrd: Option<kernel::Initrd>,
-        slots: &[MmioSlot],
+        slots: &Slots,
+        cmdline: &str,
     ) -> Result<(), BuildError> {
         let mem = self.ram.memory();
-        let cmdline = command_line(config, kernel, slots)?;
-        kernel::write_parameters(mem, kernel, initrd, &cmdline)?;
+        kernel::write_parameters(mem, kernel, initrd, cmdline)?;
         kernel::write_table(mem, layout::MP_TABLE, &mptable::build(config.cpus))?;
         kernel::write_table(mem, layout::ACPI, &acpi::build(config.cpus, slots))?;
         cpu::write_boot_structures(mem, kernel.entry.protocol).map_err(KernelError::Memory)?;
@@ -348,22 +396,37 @@ impl Parts {
     }
 }
 
-/// The places of the first `count` virtio-mmio devices.
-fn mmio_slots(count: usize) -> Vec<MmioSlot> {
-    let addresses = (layout::VIRTIO_MMIO..).step_by(mmio::SIZE as usize);
-    let slot = |(addr, &irq)| MmioSlot { addr, len: mmio::SIZE, irq };
-    addresses.zip(layout::DEVICE_IRQS).map(slot).take(count).collect()
+/// Which ways to the PCI bus a machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct PciAccess {
+    /// Configuration mechanism #1.
+    ports: bool,
+    /// ECAM.
+    memory: bool,
+}
+
+impl PciAccess {
+    /// A kernel takes the ports where there are any, and each access then takes two exits instead of one. So they are
+    /// left out when the kernel finds the way through memory, which ACPI tells it.
+    fn of(kernel: &Kernel, slots: &Slots, cmdline: &str) -> Self {
+        const NOT_BY_ACPI: [&str; 5] = ["acpi=off", "acpi=ht", "pci=noacpi", "pci=nommconf", "pci=conf1"];
+        let memory = matches!(slots, Slots::Pci(_));
+        let by_acpi = kernel.has_acpi && !cmdline.split(' ').any(|word| NOT_BY_ACPI.contains(&word));
+        Self { ports: !(memory && by_acpi), memory }
+    }
 }
 
 /// The kernel command line of a machine with its devices in these places.
-fn command_line(config: &VmConfig, kernel: &Kernel, slots: &[MmioSlot]) -> Result<String, ConfigError> {
+fn command_line(config: &VmConfig, kernel: &Kernel, slots: &Slots) -> Result<String, ConfigError> {
     let device = |slot: &MmioSlot| format!("virtio_mmio.device={}@{:#x}:{}", slot.len, slot.addr, slot.irq);
-    let machine: Vec<String> = match kernel.finds_virtio_by_acpi {
-        true => Vec::new(),
-        false => slots.iter().map(device).collect(),
+    let machine: Vec<String> = match slots {
+        // Some 230 port accesses in search of quirky chipsets, for a bus with nothing on it.
+        Slots::Mmio(_) if kernel.has_acpi => vec!["pci=noearly".into()],
+        Slots::Mmio(slots) => slots.iter().map(device).collect(),
+        Slots::Pci(_) => Vec::new(),
     };
     config.kernel_command_line(&machine)
 }
 
 /// What [`Parts::add_virtio`] makes.
-type Virtio = (Vec<Runner>, Vec<MmioSlot>, Vec<(String, Arc<UnitHandle>)>);
+type Virtio = (Vec<Runner>, Vec<(String, Arc<UnitHandle>)>);

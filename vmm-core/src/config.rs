@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::memory::{Backing, HUGE_PAGE, HugePages};
 pub use crate::x86_64::kernel::BootProtocol;
-use crate::x86_64::layout;
+use crate::x86_64::{Slots, layout};
 
 /// RAM of a machine that does not say.
 pub const DEFAULT_MEMORY: ByteSize = ByteSize(256 << 20);
@@ -37,6 +37,8 @@ pub struct VmConfig {
     pub append: Option<String>,
     /// How the kernel is entered.
     pub boot_protocol: BootProtocol,
+    /// How the guest reaches its virtio devices.
+    pub transport: Transport,
     /// Number of vCPUs, 1 to 32.
     pub cpus: u8,
     /// RAM, in whole pages of 4 KiB. What lies beyond the MMIO gap goes above 4 GiB.
@@ -61,6 +63,7 @@ impl Default for VmConfig {
             cmdline: None,
             append: None,
             boot_protocol: BootProtocol::default(),
+            transport: Transport::default(),
             cpus: 1,
             memory: DEFAULT_MEMORY,
             hugepages: HugePages::default(),
@@ -68,6 +71,27 @@ impl Default for VmConfig {
             mem_shared: false,
             serial: SerialConfig::default(),
             devices: Vec::new(),
+        }
+    }
+}
+
+/// How a guest reaches its virtio devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// Registers in memory: fewest exits until the guest is up.
+    #[default]
+    Mmio,
+    /// PCI with MSI-X: no exits to take an interrupt, and more devices.
+    Pci,
+}
+
+impl Transport {
+    /// What to do about too few places.
+    fn more(self) -> String {
+        match self {
+            Self::Mmio => format!(", and {} with --transport pci", Slots::max(Self::Pci)),
+            Self::Pci => String::new(),
         }
     }
 }
@@ -159,11 +183,14 @@ pub enum ConfigError {
         /// The name.
         name: String,
     },
-    /// More devices than interrupts.
-    #[error("{count} devices are too many; {max} is the limit", max = layout::DEVICE_IRQS.len())]
+    /// More devices than places.
+    #[error("{count} devices are too many; {max} is the limit{remedy}", max = Slots::max(*transport),
+        remedy = transport.more())]
     TooManyDevices {
         /// Number of devices.
         count: usize,
+        /// Where they would have been.
+        transport: Transport,
     },
 }
 
@@ -180,8 +207,9 @@ impl VmConfig {
         if self.hugepages == HugePages::Reserved && !bytes.is_multiple_of(HUGE_PAGE) {
             return Err(ConfigError::HugePages { memory: self.memory });
         }
-        if self.devices.len() > layout::DEVICE_IRQS.len() {
-            return Err(ConfigError::TooManyDevices { count: self.devices.len() });
+        if self.devices.len() > Slots::max(self.transport) {
+            let (count, transport) = (self.devices.len(), self.transport);
+            return Err(ConfigError::TooManyDevices { count, transport });
         }
         let names = self.device_names();
         if let Some(name) =

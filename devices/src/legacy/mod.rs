@@ -5,7 +5,6 @@
 
 pub mod boot;
 pub mod cmos;
-pub mod host_bridge;
 pub mod i8042;
 pub mod power;
 pub mod pvpanic;
@@ -82,7 +81,7 @@ mod tests {
             Box::new(serial),
             Box::new(super::boot::BootPort::new(events.clone())),
             Box::new(super::cmos::Cmos::new()),
-            Box::new(super::host_bridge::HostBridge::new()),
+            Box::new(crate::pci::root::Ports::new(crate::pci::root::Root::new(Vec::new()))),
             Box::new(super::i8042::I8042::new(events.clone())),
             Box::new(super::power::PowerRegisters::new(events.clone())),
             Box::new(super::pvpanic::PvPanic::new(events)),

@@ -5,9 +5,11 @@ pub mod buffers;
 pub mod config_space;
 pub mod mmio;
 pub mod net;
+pub mod pci;
 pub mod queue;
 pub mod registers;
 pub mod rng;
+pub mod transport;
 pub mod unit;
 
 #[cfg(any(test, feature = "specimen"))]

@@ -99,6 +99,11 @@ impl Registers {
         half(self.offered, self.device_features_sel)
     }
 
+    /// The selected half of the accepted features; 0 past the second half.
+    pub fn driver_features(&self) -> u32 {
+        half(self.accepted, self.driver_features_sel)
+    }
+
     /// The driver accepts `bits` in the half that it selected. Ignored unless features are being negotiated.
     pub fn write_driver_features(&mut self, bits: u32) {
         if !self.status.contains(Status::DRIVER) || self.status.contains(Status::FEATURES_OK) {

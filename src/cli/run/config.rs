@@ -50,6 +50,7 @@ pub fn merge(args: &RunArgs, file: ConfigFile) -> Result<VmConfig, UsageError> {
     config.mem_prealloc |= args.mem_prealloc;
     config.mem_shared |= args.mem_shared;
     replace(&mut config.boot_protocol, args.boot_protocol);
+    replace(&mut config.transport, args.transport);
     replace(&mut config.serial, args.serial.clone());
     add_command(args, &mut config)?;
 

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-use devices::model::IrqLine;
+use devices::model::{IrqLine, MsiSender};
 use kvm_bindings::{CpuId, kvm_fpu, kvm_lapic_state, kvm_regs, kvm_sregs};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -39,6 +39,8 @@ pub struct Observed {
     pub reads: Vec<Vec<u8>>,
     /// Interrupts raised, in order.
     pub interrupts: Vec<u32>,
+    /// Messages of message signalled interrupts, as address and data, in order.
+    pub messages: Vec<(u64, u32)>,
     /// General purpose registers that the boot processor was given.
     pub boot_regs: Option<kvm_regs>,
     /// Number of vCPUs.
@@ -48,7 +50,7 @@ pub struct Observed {
 #[derive(Default)]
 struct Shared {
     observed: Mutex<Observed>,
-    ioeventfds: Mutex<Vec<(u64, u32, EventFd)>>,
+    ioeventfds: Mutex<Vec<(u64, Option<u32>, EventFd)>>,
     ram: Mutex<Option<GuestRam>>,
     steps_done: AtomicU64,
 }
@@ -110,6 +112,12 @@ impl IrqLine for FakeLine {
     }
 }
 
+impl MsiSender for FakeVm {
+    fn send(&self, address: u64, data: u32) {
+        self.shared.observed().messages.push((address, data));
+    }
+}
+
 impl HvVm for FakeVm {
     fn map_memory(&self, ram: &GuestRam) -> Result<(), HvError> {
         *self.shared.ram.lock().unwrap_or_else(|e| e.into_inner()) = Some(ram.clone());
@@ -139,7 +147,11 @@ impl HvVm for FakeVm {
         Ok(Arc::new(FakeLine { gsi, shared: self.shared.clone() }))
     }
 
-    fn signal_on_write(&self, addr: u64, value: u32, event: &EventFd) -> Result<(), HvError> {
+    fn msi_sender(self: Arc<Self>) -> Arc<dyn MsiSender> {
+        self
+    }
+
+    fn signal_on_write(&self, addr: u64, value: Option<u32>, event: &EventFd) -> Result<(), HvError> {
         let event = event.try_clone().map_err(|source| HvError::Call { call: "dup", source })?;
         self.shared.ioeventfds.lock().unwrap_or_else(|e| e.into_inner()).push((addr, value, event));
         Ok(())
@@ -187,8 +199,8 @@ impl FakeVcpu {
     /// Whether an ioeventfd took the write.
     fn signalled(&self, addr: u64, data: &[u8]) -> bool {
         let events = self.shared.ioeventfds.lock().unwrap_or_else(|e| e.into_inner());
-        let Ok(value) = data.try_into().map(u32::from_le_bytes) else { return false };
-        let hit = events.iter().find(|(a, v, _)| (*a, *v) == (addr, value));
+        let written = data.try_into().map(u32::from_le_bytes).ok();
+        let hit = events.iter().find(|(a, v, _)| *a == addr && (v.is_none() || *v == written));
         hit.is_some_and(|(_, _, event)| event.write(1).is_ok())
     }
 }

@@ -8,12 +8,13 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, OnceLock};
 
-use devices::model::IrqLine;
+use devices::model::{IrqLine, MsiSender};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_INTERNAL_ERROR_EMULATION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_fpu,
-    kvm_lapic_state, kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+    kvm_lapic_state, kvm_msi, kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_sregs,
+    kvm_userspace_memory_region,
 };
-use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
 use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
 use tracing::debug;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -31,6 +32,8 @@ pub const CAPABILITIES: &[(Cap, &str)] = &[
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::MpState, "KVM_CAP_MP_STATE"),
     (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+    (Cap::IoeventfdNoLength, "KVM_CAP_IOEVENTFD_NO_LENGTH"),
+    (Cap::SignalMsi, "KVM_CAP_SIGNAL_MSI"),
     (Cap::Irqfd, "KVM_CAP_IRQFD"),
     (Cap::Pit2, "KVM_CAP_PIT2"),
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
@@ -150,6 +153,14 @@ impl IrqLine for Irqfd {
     }
 }
 
+impl MsiSender for KvmVm {
+    fn send(&self, address: u64, data: u32) {
+        let (address_lo, address_hi) = (address as u32, (address >> 32) as u32);
+        // KVM refuses a message that says nothing to any vCPU, which is what the guest gets for it.
+        _ = self.fd.signal_msi(kvm_msi { address_lo, address_hi, data, ..Default::default() });
+    }
+}
+
 impl HvVm for KvmVm {
     fn map_memory(&self, ram: &GuestRam) -> Result<(), HvError> {
         if self.ram.set(ram.clone()).is_err() {
@@ -193,8 +204,17 @@ impl HvVm for KvmVm {
         Ok(Arc::new(Irqfd(event)))
     }
 
-    fn signal_on_write(&self, addr: u64, value: u32, event: &EventFd) -> Result<(), HvError> {
-        self.fd.register_ioevent(event, &IoEventAddress::Mmio(addr), value).map_err(failed("KVM_IOEVENTFD"))
+    fn msi_sender(self: Arc<Self>) -> Arc<dyn MsiSender> {
+        self
+    }
+
+    fn signal_on_write(&self, addr: u64, value: Option<u32>, event: &EventFd) -> Result<(), HvError> {
+        let addr = IoEventAddress::Mmio(addr);
+        match value {
+            Some(value) => self.fd.register_ioevent(event, &addr, value),
+            None => self.fd.register_ioevent(event, &addr, NoDatamatch),
+        }
+        .map_err(failed("KVM_IOEVENTFD"))
     }
 }
 

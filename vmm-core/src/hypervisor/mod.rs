@@ -9,7 +9,7 @@ pub mod kvm;
 use std::io;
 use std::sync::Arc;
 
-use devices::model::IrqLine;
+use devices::model::{IrqLine, MsiSender};
 use kvm_bindings::{CpuId, kvm_fpu, kvm_lapic_state, kvm_regs, kvm_sregs};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -39,9 +39,15 @@ pub trait HvVm: Send + Sync {
     /// An edge triggered line to the interrupt controller's input `gsi`.
     fn irq_line(&self, gsi: u32) -> Result<Arc<dyn IrqLine>, HvError>;
 
-    /// A 32 bit guest write of `value` to the physical address `addr` signals `event` and does not exit
-    /// (ioeventfd).
-    fn signal_on_write(&self, addr: u64, value: u32, event: &EventFd) -> Result<(), HvError>;
+    /// The way for message signalled interrupts into the interrupt controller.
+    ///
+    /// A message is one system call on the sender's thread, which delivers it. An eventfd would be one, too, and
+    /// would need a route for each vector besides, to be set whenever the guest writes its table.
+    fn msi_sender(self: Arc<Self>) -> Arc<dyn MsiSender>;
+
+    /// A guest write to the physical address `addr` signals `event` and does not exit (ioeventfd): one of `value` in
+    /// 32 bits, or without it any write.
+    fn signal_on_write(&self, addr: u64, value: Option<u32>, event: &EventFd) -> Result<(), HvError>;
 }
 
 /// Wakes a vCPU that is inside [`Vcpu::run`] from another thread.

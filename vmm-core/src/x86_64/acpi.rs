@@ -4,13 +4,15 @@
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, aml};
 use devices::legacy::{cmos, power, pvpanic, serial};
+use devices::pci::root;
 
-use super::{MmioSlot, layout};
+use super::{MmioSlot, Slots, layout};
 
 const OEM_ID: [u8; 6] = *b"VMM   ";
 const OEM_TABLE_ID: [u8; 8] = *b"MICROVM ";
@@ -19,9 +21,9 @@ const OEM_REVISION: u32 = 1;
 /// IAPC_BOOT_ARCH: there is no VGA, and no legacy device beyond what the DSDT lists.
 const BOOT_ARCH_VGA_NOT_PRESENT: u16 = 1 << 2;
 
-/// The bytes at [`layout::ACPI`]: RSDP, DSDT, FADT, MADT and XSDT, for a machine of `cpus` processors and
-/// these virtio-mmio devices.
-pub fn build(cpus: u8, slots: &[MmioSlot]) -> Vec<u8> {
+/// The bytes at [`layout::ACPI`]: RSDP, DSDT, FADT, MADT, with PCI devices MCFG, and XSDT, for a machine of `cpus`
+/// processors and these virtio devices.
+pub fn build(cpus: u8, slots: &Slots) -> Vec<u8> {
     let mut tables = Tables { bytes: vec![0; Rsdp::len()] };
     let dsdt = tables.add(&dsdt(slots));
     let fadt = tables.add(&fadt(dsdt));
@@ -29,6 +31,9 @@ pub fn build(cpus: u8, slots: &[MmioSlot]) -> Vec<u8> {
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if matches!(slots, Slots::Pci(_)) {
+        xsdt.add_entry(tables.add(&mcfg()));
+    }
     let xsdt = tables.add(&xsdt);
     let mut rsdp = Vec::new();
     Rsdp::new(OEM_ID, xsdt).to_aml_bytes(&mut rsdp);
@@ -82,14 +87,24 @@ fn madt(cpus: u8) -> impl Aml {
     madt
 }
 
-fn dsdt(slots: &[MmioSlot]) -> Sdt {
+/// Where the configuration spaces of bus 0 are.
+fn mcfg() -> MCFG {
+    let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    mcfg.add_ecam(layout::PCI_ECAM, 0, 0, 0);
+    mcfg
+}
+
+fn dsdt(slots: &Slots) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     com1(&mut dsdt);
     rtc(&mut dsdt);
     pvpanic(&mut dsdt);
     power_button(&mut dsdt);
-    for (i, slot) in slots.iter().enumerate() {
-        virtio_mmio(&mut dsdt, i, slot);
+    match slots {
+        Slots::Mmio(slots) => {
+            slots.iter().enumerate().for_each(|(i, slot)| virtio_mmio(&mut dsdt, i, slot));
+        }
+        Slots::Pci(_) => host_bridge(&mut dsdt),
     }
     let types = aml::Package::new(vec![&power::S5]);
     aml::Name::new("_S5_".into(), &types).to_aml_bytes(&mut dsdt);
@@ -204,9 +219,59 @@ fn virtio_mmio(dsdt: &mut Sdt, index: usize, slot: &MmioSlot) {
     .to_aml_bytes(dsdt);
 }
 
+/// The PCI host bridge. Its devices have no interrupt pins, so there is no _PRT to route them; MCFG tells where their
+/// configuration spaces are, so there is no _CBA.
+fn host_bridge(dsdt: &mut Sdt) {
+    let window = (layout::PCI_WINDOW as u32, (layout::PCI_WINDOW + layout::PCI_WINDOW_SIZE - 1) as u32);
+    let memory = aml::AddressSpace::new_memory(
+        aml::AddressSpaceCacheable::NotCacheable,
+        true,
+        window.0,
+        window.1,
+        None,
+    );
+    aml::Device::new(
+        "_SB_.PCI0".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0A08")),
+            &aml::Name::new("_CID".into(), &aml::EISAName::new("PNP0A03")),
+            &aml::Name::new("_UID".into(), &aml::ZERO),
+            &aml::Name::new("_BBN".into(), &aml::ZERO),
+            &aml::Name::new("_SEG".into(), &aml::ZERO),
+            &aml::Name::new("_CCA".into(), &aml::ONE),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![
+                    &aml::AddressSpace::new_bus_number(0u16, 0u16),
+                    &io(root::PORT, root::PORTS),
+                    &memory,
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(dsdt);
+    // What E820 reserves is to be somebody's, says the PCI firmware specification.
+    aml::Device::new(
+        "_SB_.ECAM".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &aml::EISAName::new("PNP0C02")),
+            &aml::Name::new(
+                "_CRS".into(),
+                &aml::ResourceTemplate::new(vec![&aml::Memory32Fixed::new(
+                    true,
+                    layout::PCI_ECAM as u32,
+                    root::ECAM_SIZE as u32,
+                )]),
+            ),
+        ],
+    )
+    .to_aml_bytes(dsdt);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Transport;
 
     fn sum(bytes: &[u8]) -> u8 {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
@@ -220,13 +285,10 @@ mod tests {
 
     #[test]
     fn every_table_is_reachable_and_sums_to_zero() {
-        let slots: Vec<_> = layout::DEVICE_IRQS
-            .iter()
-            .enumerate()
-            .map(|(i, &irq)| MmioSlot { addr: layout::VIRTIO_MMIO + 0x1000 * i as u64, len: 0x1000, irq })
-            .collect();
-        for cpus in [1, layout::MAX_CPUS] {
-            let bytes = build(cpus, &slots);
+        let transports = [Transport::Mmio, Transport::Pci];
+        let slots = transports.map(|transport| Slots::new(transport, Slots::max(transport)));
+        for (cpus, slots) in [1, layout::MAX_CPUS].into_iter().zip(&slots) {
+            let bytes = build(cpus, slots);
             assert!(bytes.len() < layout::ACPI_MAX);
             assert_eq!(&bytes[..8], b"RSD PTR ");
             assert_eq!((sum(&bytes[..20]), sum(&bytes[..36])), (0, 0));
@@ -240,7 +302,15 @@ mod tests {
             assert_eq!(madt.len(), 44 + 8 * usize::from(cpus) + 12);
             let dsdt = table(&bytes, u64::from_le_bytes(fadt[140..148].try_into().unwrap()));
             assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
-            assert_eq!(dsdt.windows(8).filter(|w| w == b"LNRO0005").count(), slots.len());
+            let ids = dsdt.windows(8).filter(|w| w == b"LNRO0005").count();
+            match slots {
+                Slots::Mmio(slots) => assert_eq!((ids, entries.len()), (slots.len(), 2)),
+                Slots::Pci(_) => {
+                    let mcfg = table(&bytes, entries[2]);
+                    assert_eq!((&mcfg[..4], sum(mcfg), ids), (&b"MCFG"[..], 0, 0));
+                    assert_eq!(mcfg[44..52], layout::PCI_ECAM.to_le_bytes());
+                }
+            }
         }
     }
 }

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use devices::GuestMemory;
+use devices::pci::root::ECAM_SIZE;
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::elf::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
@@ -53,8 +54,8 @@ pub struct Kernel {
     pub entry: Entry,
     /// First address after it.
     pub end: u64,
-    /// The kernel finds virtio-mmio devices by ACPI; otherwise it is told on its command line.
-    pub finds_virtio_by_acpi: bool,
+    /// The kernel has ACPI and finds devices by it; otherwise it is told on its command line.
+    pub has_acpi: bool,
     setup_header: Option<setup_header>,
 }
 
@@ -177,7 +178,7 @@ pub fn load(mem: &GuestMemory, path: &Path, protocol: BootProtocol) -> Result<Ke
                 entry,
                 end: loaded.kernel_end.max(unpacked),
                 // It is compressed, so nobody can tell; what distributions ship as bzImage has ACPI.
-                finds_virtio_by_acpi: true,
+                has_acpi: true,
                 setup_header: Some(header),
             }
         }
@@ -209,8 +210,8 @@ fn load_elf(
         (BootProtocol::Pvh, _) => return Err(KernelError::NoPvh { path: path.into() }),
         _ => linux,
     };
-    let finds_virtio_by_acpi = contains(mem, layout::HIGH_RAM..loaded.kernel_end, VIRTIO_MMIO_ACPI_ID);
-    Ok(Kernel { entry, end: loaded.kernel_end, finds_virtio_by_acpi, setup_header: None })
+    let has_acpi = contains(mem, layout::HIGH_RAM..loaded.kernel_end, VIRTIO_MMIO_ACPI_ID);
+    Ok(Kernel { entry, end: loaded.kernel_end, has_acpi, setup_header: None })
 }
 
 /// Bounds what the loader is going to read, by the program headers (ELF-64 Object File Format, figures 2 and 6): it
@@ -335,6 +336,7 @@ fn memory_map(mem: &GuestMemory) -> Vec<(u64, u64, u32)> {
         (0, layout::MP_TABLE, E820_RAM),
         (layout::MP_TABLE, layout::HIGH_RAM - layout::MP_TABLE, E820_RESERVED),
         (layout::HIGH_RAM, low_ram_end(mem) - layout::HIGH_RAM, E820_RAM),
+        (layout::PCI_ECAM, ECAM_SIZE, E820_RESERVED),
     ];
     map.extend(mem.iter().skip(1).map(|region| {
         use vm_memory::GuestMemoryRegion;

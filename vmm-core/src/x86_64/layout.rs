@@ -5,7 +5,7 @@
 //! 0x0009_fc00  MP table                         (reserved in E820 up to 1 MiB)
 //! 0x000e_0000  ACPI tables, the RSDP first
 //! 0x0010_0000  kernel; the initrd ends where low RAM ends
-//! 0xc000_0000  MMIO gap: virtio-mmio, I/O APIC, local APIC, KVM's own pages
+//! 0xc000_0000  MMIO gap: virtio-mmio, PCI, I/O APIC, local APIC, KVM's own pages
 //! 0x1_0000_0000  the rest of RAM
 //! ```
 
@@ -46,6 +46,12 @@ pub const MMIO_GAP: u64 = 0xc000_0000;
 pub const MMIO_GAP_END: u64 = 0x1_0000_0000;
 /// First virtio-mmio device; the others follow.
 pub const VIRTIO_MMIO: u64 = 0xd000_0000;
+/// What is left to PCI devices; their BARs are given out here, one after the other.
+pub const PCI_WINDOW: u64 = 0xd800_0000;
+/// Bytes of it.
+pub const PCI_WINDOW_SIZE: u64 = 0x800_0000;
+/// Configuration spaces of bus 0 (ECAM), reserved in E820; Linux wants that before it uses them.
+pub const PCI_ECAM: u64 = 0xe000_0000;
 /// I/O APIC.
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// Local APICs.

@@ -22,6 +22,8 @@ type Slice<'m> = VolatileSlice<'m, BS<'m, Option<AtomicBitmap>>>;
 /// Buffers in guest memory, consumed from the front.
 #[derive(Clone, Debug, Default)]
 pub struct Buffers<'m> {
+    /// What they lie in; `None` only when there are none.
+    mem: Option<&'m GuestMemory>,
     slices: Vec<Slice<'m>>,
     /// Index of the first slice that is not used up.
     first: usize,
@@ -46,7 +48,8 @@ impl<'m> Buffers<'m> {
         descriptors: &mut DescriptorChain<&'m GuestMemory>,
         mem: &'m GuestMemory,
     ) -> Option<(Self, Self)> {
-        let (mut readable, mut writable) = (Self::default(), Self::default());
+        let none = Self { mem: Some(mem), ..Self::default() };
+        let (mut readable, mut writable) = (none.clone(), none);
         let mut last: Option<Descriptor> = None;
         for (count, descriptor) in descriptors.by_ref().enumerate() {
             let readable_after_writable =
@@ -122,10 +125,28 @@ impl<'m> Buffers<'m> {
         while self.write(&ZEROS) == ZEROS.len() {}
     }
 
-    /// Puts the buffers of `other` after these.
+    /// Puts the buffers of `other`, which lie in the same memory, after these.
+    ///
+    /// # Panics
+    /// When they do not: that is a device's mistake, and no driver's.
     pub fn append(&mut self, other: &Self) {
+        let mem = *self.mem.get_or_insert(match other.mem {
+            Some(mem) => mem,
+            None => return,
+        });
+        assert!(other.mem.is_none_or(|other| std::ptr::eq(other, mem)), "buffers of two machines");
         self.slices.extend_from_slice(&other.slices[other.first..]);
         self.len += other.len;
+    }
+
+    /// Keeps the memory that they lie in mapped, so that they may outlive the call that lent them.
+    pub fn hold(mut self) -> Held {
+        let mem = self.mem.take().cloned();
+        // SAFETY: only the lifetime changes, and no reference is left in it but those of slices to mappings and
+        // to their bitmaps. Both belong to regions that `mem`, a handle of the same regions, keeps in their place
+        // as long as `Held` lives. `Held` hands no slice out.
+        let buffers = unsafe { std::mem::transmute::<Buffers<'m>, Buffers<'static>>(self) };
+        Held { buffers, _mem: mem }
     }
 
     /// Splits off everything after the first `at` bytes.
@@ -257,6 +278,70 @@ impl<'m> Buffers<'m> {
         })?;
         self.skip(n);
         Ok(n)
+    }
+}
+
+/// Buffers with a handle of the memory that they lie in: for requests that are served when the call that brought
+/// them has ended, by the kernel or by another thread.
+#[derive(Debug)]
+pub struct Held {
+    buffers: Buffers<'static>,
+    _mem: Option<GuestMemory>,
+}
+
+// SAFETY: the pointers are into mappings that any thread may use, and that the handle keeps.
+unsafe impl Send for Held {}
+
+impl Held {
+    /// Bytes left.
+    pub fn len(&self) -> usize {
+        self.buffers.len()
+    }
+
+    /// Whether no byte is left.
+    pub fn is_empty(&self) -> bool {
+        self.buffers.is_empty()
+    }
+
+    /// Names the first `limit` bytes, or as many as [`MAX_CHAIN`] pieces hold, in `vectors`, which are good as
+    /// long as this lives. Nothing is consumed.
+    pub fn name(&self, limit: usize, vectors: &mut Vec<libc::iovec>) {
+        let mut room = limit;
+        vectors.clear();
+        for slice in self.buffers.slices[self.buffers.first..].iter().filter(|slice| !slice.is_empty()) {
+            if room == 0 || vectors.len() == MAX_CHAIN {
+                break;
+            }
+            let iov_len = slice.len().min(room);
+            vectors.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len });
+            room -= iov_len;
+        }
+    }
+
+    /// Marks the first `n` bytes as written, after a system call wrote them behind vm-memory's back, and
+    /// consumes them.
+    pub fn wrote(&mut self, n: usize) {
+        self.buffers.wrote(n);
+    }
+
+    /// See [`Buffers::skip`].
+    pub fn skip(&mut self, n: usize) {
+        self.buffers.skip(n);
+    }
+
+    /// See [`Buffers::write`].
+    pub fn write(&mut self, buf: &[u8]) -> usize {
+        self.buffers.write(buf)
+    }
+
+    /// Copies bytes out to `buf` and consumes nothing; returns how many there were.
+    pub fn peek(&self, buf: &mut [u8]) -> usize {
+        self.buffers.clone().read(buf)
+    }
+
+    /// See [`Buffers::zero`].
+    pub fn zero(&mut self) {
+        self.buffers.zero();
     }
 }
 

@@ -1,24 +1,42 @@
-//! The block device (virtio 1.3 §5.2) on a raw disk image or a block device of the host.
+//! The block device (virtio 1.3 §5.2) on a disk image or a block device of the host.
 //!
-//! A request goes through three steps: `request` reads it from its chain, `file` does it, and the device
-//! completes it. Today the second step is synchronous; an engine that is not needs no change to the others.
+//! A request goes through three steps: `request` reads it from its chain, a `job` does it, and the device completes
+//! it. Jobs that are a copy to the host's page cache are done on the spot; all others are given to an `engine`,
+//! many at a time, and come back in any order.
+//!
+//! **Order.** A flush covers the writes that were completed before it was asked for; these are in the host's page
+//! cache or on its disk by then, so it needs to wait for nobody. For a driver that did not negotiate FLUSH, each
+//! write is durable before it is completed (RWF_DSYNC), in the engine like any other.
+//!
+//! **Memory.** Whatever the kernel may still write to is kept mapped by its job, and jobs are waited for before a
+//! reset, a pause or a drop returns. If the host's disk hangs, so do these.
 
-mod file;
+mod bounce;
+mod config;
+mod disk;
+mod engine;
+mod job;
+mod qcow2;
 mod request;
+mod ring;
+mod space;
+mod threads;
 
-use std::path::{Path, PathBuf};
+use std::any::Any;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
-};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::config_space::ConfigSpace;
-use super::queue::Queues;
-use crate::model::{Counters, DeviceKind, MachineShape, OpenError, Progress, VirtioDevice};
-use file::Disk;
+use super::queue::{Queues, VirtQueue};
+use crate::model::{Counters, DeviceKind, HostSource, OpenError, Progress, UpdateError, VirtioDevice};
+pub use config::{Cache, Config, Format};
+use disk::Disk;
+pub use engine::Kind as EngineKind;
+use engine::{Engine, Finished};
+use job::{Job, Step, Task};
 use request::{Operation, Request, Status};
 
 /// Bytes of a sector: the unit of capacity and of request addresses, whatever the disk's block size.
@@ -31,85 +49,35 @@ const QUEUE_SIZE: u16 = 256;
 const MAX_PER_CALL: usize = 16 << 20;
 /// Most bytes of data in one request, since a request is not shared between turns.
 const MAX_REQUEST: usize = 64 << 20;
-/// Most buffers of data in one request: its chain also has a header and a status.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// Most bytes in one buffer.
-const SIZE_MAX: u32 = 256 << 10;
-/// A driver that keeps to the two never meets the limit.
-const _: () = assert!(SEG_MAX as usize * SIZE_MAX as usize <= MAX_REQUEST);
+/// Most requests in the engine's hands; more stay in their queues.
+const MAX_IN_FLIGHT: usize = 256;
+/// Most bytes that are written on the spot in one go.
+const MAX_ON_THE_SPOT: usize = 256 << 10;
+/// A copy to the page cache that takes longer than this was made to wait until the host's disk caught up.
+const SLOW: Duration = Duration::from_millis(20);
+/// How long writes go to the engine then.
+const AVOID: Duration = Duration::from_secs(1);
 /// Most warnings in a device's life: there is one for each activation, and a guest can reset the device as often
 /// as it likes.
 const MAX_WARNINGS: u8 = 8;
 
-/// Configuration of a disk.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Config {
-    /// Raw disk image, or a block device.
-    pub path: PathBuf,
-    /// The guest can only read it.
-    #[serde(default)]
-    pub ro: bool,
-    /// Up to 20 characters by which a guest finds it in /dev/disk/by-id.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
-    /// The guest's root file system is on it.
-    #[serde(default)]
-    pub root: bool,
-}
-
-impl DeviceKind for Config {
-    const NAME: &'static str = "disk";
-    const SYNTAX: &'static str = "path=FILE[,ro][,id=NAME]";
-    const HELP: &'static str = "A disk, from a raw image or a block device";
-    const BARE_KEY: Option<&'static str> = Some("path");
-
-    fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
-        let id = self.id.as_deref().unwrap_or_default();
-        if id.len() > ID_BYTES || !id.bytes().all(|b| b.is_ascii_graphic()) {
-            return Err(OpenError::Value {
-                kind: Self::NAME,
-                problem: format!(
-                    "id '{id}' does not fit; use at most {ID_BYTES} ASCII characters without spaces"
-                ),
-            });
-        }
-        Ok(Box::new(Block::new(Disk::open(&self.path, self.ro)?, id)))
-    }
-
-    fn kernel_parameters(&self, nth: usize) -> Option<String> {
-        let mode = if self.ro { "ro" } else { "rw" };
-        self.root.then(|| format!("root=/dev/vd{} {mode}", letters(nth)))
-    }
-
-    #[cfg(any(test, feature = "specimen"))]
-    fn specimen() -> Box<dyn VirtioDevice> {
-        Box::new(Block::specimen(false))
-    }
-}
-
-impl Config {
-    /// A disk from the image at `path`, with nothing else chosen.
-    pub fn new(path: &Path) -> Self {
-        Self { path: path.into(), ro: false, id: None, root: false }
-    }
-}
-
-/// How Linux names disk number `nth`: a to z, then aa, ab and so on.
-fn letters(nth: usize) -> String {
-    let last = char::from(b'a' + (nth % 26) as u8);
-    match nth / 26 {
-        0 => last.into(),
-        more => letters(more - 1) + &last.to_string(),
-    }
-}
-
 /// The block device.
 struct Block {
-    disk: Disk,
+    settings: Config,
+    disk: Arc<Disk>,
+    engine: Box<dyn Engine>,
+    /// Capacity in sectors.
+    sectors: u64,
     id: [u8; ID_BYTES],
-    /// The driver flushes by itself. Until it says so, a write is not done before it is on the disk.
-    driver_flushes: bool,
+    queue_sizes: Vec<u16>,
+    /// Features that the driver negotiated.
+    features: u64,
+    /// Queues that have chains for which there was no room in the engine.
+    waiting: u32,
+    /// The host makes writers wait, until then.
+    slow_until: Option<Instant>,
+    /// Room for what the engine returns.
+    done: Vec<Finished>,
     /// The operator was told, in this activation, that the host fails.
     warned: bool,
     warnings: u8,
@@ -117,55 +85,263 @@ struct Block {
     counters: Arc<Counters>,
 }
 
+/// Why a request failed.
+enum Failure {
+    /// It breaks the specification, or what the device offered.
+    Guest,
+    /// It is of a type that this device does not have, which a driver may well try.
+    Unsupported,
+    /// The host's file failed.
+    Host(std::io::Error),
+}
+
+/// What becomes of a request after a first look.
+enum Verdict {
+    /// There is something to do.
+    Do(Task),
+    /// There is not.
+    Done,
+}
+
 impl Block {
-    fn new(disk: Disk, id: &str) -> Self {
-        let mut id_bytes = [0; ID_BYTES];
-        id_bytes[..id.len()].copy_from_slice(id.as_bytes());
-        let config = Arc::new(ConfigSpace::read_only(&config_bytes(disk.sectors())));
+    fn new(settings: Config, disk: Disk, engine: Box<dyn Engine>, queues: u16) -> Result<Self, OpenError> {
+        let sectors = disk.capacity(settings.size.map(|size| size.0))?;
+        Ok(Self::with_sectors(settings, disk, engine, queues, sectors))
+    }
+
+    fn with_sectors(
+        settings: Config,
+        disk: Disk,
+        engine: Box<dyn Engine>,
+        queues: u16,
+        sectors: u64,
+    ) -> Self {
+        let mut id = [0; ID_BYTES];
+        let name = settings.id.as_deref().unwrap_or_default();
+        id[..name.len()].copy_from_slice(name.as_bytes());
+        let config = ConfigSpace::read_only(&space::bytes(sectors, disk.block(), queues.into()));
         Self {
-            disk,
-            id: id_bytes,
-            driver_flushes: false,
+            settings,
+            disk: disk.into(),
+            engine,
+            sectors,
+            id,
+            queue_sizes: vec![QUEUE_SIZE; queues.into()],
+            features: 0,
+            waiting: 0,
+            slow_until: None,
+            done: Vec::new(),
             warned: false,
             warnings: 0,
-            config,
+            config: config.into(),
             counters: Arc::default(),
         }
     }
 
-    /// A disk of 64 KiB in memory, whose sectors hold their own number in every byte.
+    /// A disk of 64 KiB in memory with two queues, whose sectors hold their own number in every byte.
     #[cfg(any(test, feature = "specimen"))]
     fn specimen(ro: bool) -> Self {
-        Self::new(Disk::specimen(ro), "specimen")
+        Self::on(Disk::specimen(ro), EngineKind::Auto)
     }
 
-    /// Does one request, short of completing it.
-    fn serve(&self, request: &mut Request<'_>) -> Result<(), Failure> {
-        match request.operation {
-            Operation::Read { sector } => {
-                let bytes = request.to_guest.len();
-                self.disk.read(&mut request.to_guest, self.extent(sector, bytes)?)?;
-                Counters::add(&self.counters.bytes_to_guest, bytes as u64);
+    #[cfg(any(test, feature = "specimen"))]
+    fn on(disk: Disk, engine: EngineKind) -> Self {
+        let settings =
+            Config { ro: disk.read_only(), id: Some("specimen".into()), ..Config::new(disk.path()) };
+        Self::new(settings, disk, engine::open(engine).expect("an engine"), 2).expect("a disk")
+    }
+
+    fn negotiated(&self, feature: u32) -> bool {
+        self.features & 1 << feature != 0
+    }
+
+    /// Whether what is written is to be durable before it is completed: for a driver that cannot flush.
+    fn durable(&self) -> bool {
+        !self.negotiated(VIRTIO_BLK_F_FLUSH) && self.settings.cache != Cache::Unsafe
+    }
+
+    /// Takes chains from a queue as long as there are some, the call's budget lasts, and there is room.
+    fn take(&mut self, queue: &mut VirtQueue<'_>, index: u16) -> Progress {
+        let mut moved = 0;
+        while moved < MAX_PER_CALL {
+            if self.engine.in_flight() >= MAX_IN_FLIGHT {
+                self.waiting |= 1 << index;
+                return Progress::Done;
             }
-            Operation::Write { sector } => {
-                let bytes = request.from_guest.len();
-                let offset = self.extent(sector, bytes)?;
-                // The driver may not have looked at VIRTIO_BLK_F_RO.
-                if self.disk.read_only() {
-                    return Err(Failure::Guest);
+            let Some(chain) = queue.pop() else {
+                return if queue.exhausted() { Progress::More } else { Progress::Done };
+            };
+            let request = match Request::parse(chain) {
+                Ok(request) => request,
+                Err(head) => {
+                    queue.count_mistake();
+                    queue.push(head, 0);
+                    continue;
                 }
-                self.disk.write(&mut request.from_guest, offset)?;
-                if !self.driver_flushes {
-                    self.disk.flush()?;
-                }
-                Counters::add(&self.counters.bytes_from_guest, bytes as u64);
-            }
-            Operation::Flush => self.disk.flush()?,
-            Operation::GetId => _ = request.to_guest.write(&self.id),
-            Operation::Unsupported => return Err(Failure::Unsupported),
-            Operation::TooLarge => return Err(Failure::Guest),
+            };
+            moved += request.bytes();
+            queue.charge(request.bytes());
+            self.begin(request, queue, index);
         }
-        Ok(())
+        Progress::More
+    }
+
+    /// Looks at a request, and does it or has it done.
+    fn begin(&mut self, mut request: Request<'_>, queue: &mut VirtQueue<'_>, index: u16) {
+        match self.judge(&mut request) {
+            Ok(Verdict::Do(task)) => {
+                let (data, ticket) = request.hold(index);
+                self.go_on(Box::new(Job::new(self.disk.clone(), task, data, ticket)), queue);
+            }
+            verdict => {
+                let status = self.status(verdict.map(|_| ()), queue);
+                let (head, written) = request.complete(status);
+                queue.push(head, written);
+            }
+        }
+    }
+
+    /// Checks a request, and says what is to be done.
+    fn judge(&self, request: &mut Request<'_>) -> Result<Verdict, Failure> {
+        let durable = self.durable();
+        let task = match request.operation {
+            Operation::Read { sector } => Task::Read { offset: self.extent(sector, request.to_guest.len())? },
+            Operation::Write { sector } => {
+                let offset = self.extent(sector, request.from_guest.len())?;
+                self.writable()?;
+                Task::Write { offset, durable }
+            }
+            // There is nothing to flush, and some file systems refuse it; or the operator does not want it.
+            Operation::Flush if self.disk.read_only() || self.settings.cache == Cache::Unsafe => {
+                return Ok(Verdict::Done);
+            }
+            Operation::Flush => Task::Flush,
+            Operation::GetId => {
+                request.to_guest.write(&self.id);
+                return Ok(Verdict::Done);
+            }
+            Operation::Discard if self.negotiated(VIRTIO_BLK_F_DISCARD) => self.clear(request)?,
+            Operation::WriteZeroes if self.negotiated(VIRTIO_BLK_F_WRITE_ZEROES) => self.clear(request)?,
+            Operation::Discard | Operation::WriteZeroes | Operation::Unsupported => {
+                return Err(Failure::Unsupported);
+            }
+            Operation::TooLarge => return Err(Failure::Guest),
+        };
+        Ok(Verdict::Do(task))
+    }
+
+    /// The driver may not have looked at VIRTIO_BLK_F_RO.
+    fn writable(&self) -> Result<(), Failure> {
+        if self.disk.read_only() { Err(Failure::Guest) } else { Ok(()) }
+    }
+
+    fn clear(&self, request: &mut Request<'_>) -> Result<Task, Failure> {
+        self.writable()?;
+        let ranges = request.ranges(self.sectors, self.disk.block()).map_err(|status| match status {
+            Status::Unsupported => Failure::Unsupported,
+            _ => Failure::Guest,
+        })?;
+        Ok(Task::Clear { ranges, durable: self.durable() })
+    }
+
+    /// Does a job's steps as far as they can be done on the spot, and gives the first that cannot to the engine.
+    fn go_on(&mut self, mut job: Box<Job>, queue: &mut VirtQueue<'_>) {
+        while job.prepare() {
+            if !self.on_the_spot(&job) {
+                return self.engine.start(job);
+            }
+            let began = Instant::now();
+            let result = job.perform();
+            let ended = Instant::now();
+            if ended - began > SLOW {
+                self.slow_until = Some(ended + AVOID);
+            }
+            if let Err(error) = job.advance(result) {
+                return self.complete(*job, Err(Failure::Host(error)), queue);
+            }
+        }
+        self.complete(*job, Ok(()), queue);
+    }
+
+    /// Whether a step is a mere copy to the host's page cache, which no engine does faster: io_uring would hand it to
+    /// a thread of the kernel on most file systems. While the host makes writers wait, it is not.
+    fn on_the_spot(&mut self, job: &Job) -> bool {
+        let copy = matches!(job.step(), Step::Write { durable: false, .. })
+            && self.settings.cache != Cache::None
+            && job.disk().image().is_none()
+            && job.bytes() <= MAX_ON_THE_SPOT;
+        if copy && self.slow_until.is_some_and(|until| Instant::now() > until) {
+            self.slow_until = None;
+        }
+        copy && self.slow_until.is_none()
+    }
+
+    /// Gives a request that has been done, or has failed, back to the driver.
+    fn complete(&mut self, job: Job, result: Result<(), Failure>, queue: &mut VirtQueue<'_>) {
+        if result.is_ok() {
+            let bytes = job.ticket.bytes as u64;
+            match job.step() {
+                Step::Read { .. } => Counters::add(&self.counters.bytes_to_guest, bytes),
+                Step::Write { .. } => Counters::add(&self.counters.bytes_from_guest, bytes),
+                Step::Sync | Step::Clear { .. } => {}
+            }
+        }
+        let status = self.status(result, queue);
+        let (head, written) = job.end().complete(status);
+        queue.push(head, written);
+    }
+
+    /// Counts a request that has ended, and says how.
+    fn status(&mut self, result: Result<(), Failure>, queue: &mut VirtQueue<'_>) -> Status {
+        Counters::add(&self.counters.requests, 1);
+        match result {
+            Ok(()) => Status::Ok,
+            Err(Failure::Unsupported) => Status::Unsupported,
+            Err(Failure::Guest) => {
+                queue.count_mistake();
+                Status::IoError
+            }
+            Err(Failure::Host(error)) => {
+                self.host_failed(&error);
+                Status::IoError
+            }
+        }
+    }
+
+    /// Begins what was given to the engine, and completes what is done, until nothing more is done at once.
+    fn collect(&mut self, queues: &mut Queues<'_>) {
+        loop {
+            self.engine.submit();
+            let mut done = std::mem::take(&mut self.done);
+            self.engine.finished(&mut done);
+            let idle = done.is_empty();
+            for Finished { mut job, result } in done.drain(..) {
+                let mut queue = queues.get(job.ticket.queue);
+                match job.advance(result) {
+                    Ok(()) => self.go_on(job, &mut queue),
+                    Err(error) => self.complete(*job, Err(Failure::Host(error)), &mut queue),
+                }
+            }
+            self.done = done;
+            if idle {
+                return;
+            }
+        }
+    }
+
+    /// Serves queues whose chains found no room, now that there is some.
+    fn serve_waiting(&mut self, queues: &mut Queues<'_>) -> Progress {
+        let mut progress = Progress::Done;
+        while self.waiting != 0 && self.engine.in_flight() < MAX_IN_FLIGHT && progress == Progress::Done {
+            let index = self.waiting.trailing_zeros() as u16;
+            self.waiting &= !(1 << index);
+            progress = self.take(&mut queues.get(index), index);
+            self.collect(queues);
+            if progress == Progress::More {
+                self.waiting |= 1 << index;
+            }
+        }
+        progress
     }
 
     /// Counts a failure of the host, and tells the operator of the first.
@@ -183,29 +359,14 @@ impl Block {
 
     /// Where on the disk `bytes` bytes from `sector` are, if they are on it at all.
     fn extent(&self, sector: u64, bytes: usize) -> Result<u64, Failure> {
-        let whole = (bytes as u64).is_multiple_of(SECTOR);
         let end = sector.checked_add(bytes as u64 / SECTOR);
-        match end {
-            // The capacity is a file's size, so that an offset below it fits in 63 bits.
-            Some(end) if whole && end <= self.disk.sectors() => Ok(sector * SECTOR),
-            _ => Err(Failure::Guest),
+        if end.is_none_or(|end| end > self.sectors) {
+            return Err(Failure::Guest);
         }
-    }
-}
-
-/// Why a request failed.
-enum Failure {
-    /// It breaks the specification, or what the device offered.
-    Guest,
-    /// It is of a type that this device does not have, which a driver may well try.
-    Unsupported,
-    /// The host's file failed.
-    Host(std::io::Error),
-}
-
-impl From<std::io::Error> for Failure {
-    fn from(error: std::io::Error) -> Self {
-        Self::Host(error)
+        // The capacity is a file's size, so that an offset below it fits in 63 bits.
+        let offset = sector * SECTOR;
+        let whole = (offset | bytes as u64).is_multiple_of(self.disk.block().into());
+        if whole { Ok(offset) } else { Err(Failure::Guest) }
     }
 }
 
@@ -215,16 +376,11 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let ro = if self.disk.read_only() { 1 << VIRTIO_BLK_F_RO } else { 0 };
-        1 << VIRTIO_BLK_F_FLUSH
-            | 1 << VIRTIO_BLK_F_SIZE_MAX
-            | 1 << VIRTIO_BLK_F_SEG_MAX
-            | 1 << VIRTIO_BLK_F_BLK_SIZE
-            | ro
+        space::features(self.disk.read_only(), self.queue_sizes.len())
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &self.queue_sizes
     }
 
     fn config_space(&self) -> Arc<ConfigSpace> {
@@ -236,59 +392,77 @@ impl VirtioDevice for Block {
     }
 
     fn activate(&mut self, features: u64) {
-        self.driver_flushes = features & 1 << VIRTIO_BLK_F_FLUSH != 0;
+        self.features = features;
         self.warned = false;
     }
 
     fn process(&mut self, queues: &mut Queues<'_>, queue: u16) -> Progress {
-        let mut queue = queues.get(queue);
-        let mut moved = 0;
-        while moved < MAX_PER_CALL {
-            let Some(chain) = queue.pop() else {
-                return if queue.exhausted() { Progress::More } else { Progress::Done };
-            };
-            let mut request = match Request::parse(chain) {
-                Ok(request) => request,
-                Err(head) => {
-                    queue.count_mistake();
-                    queue.push(head, 0);
-                    continue;
-                }
-            };
-            moved += request.bytes();
-            let status = match self.serve(&mut request) {
-                Ok(()) => Status::Ok,
-                Err(Failure::Unsupported) => Status::Unsupported,
-                Err(Failure::Guest) => {
-                    queue.count_mistake();
-                    Status::IoError
-                }
-                Err(Failure::Host(error)) => {
-                    self.host_failed(&error);
-                    Status::IoError
-                }
-            };
-            Counters::add(&self.counters.requests, 1);
-            let (head, written) = request.complete(status);
-            queue.push(head, written);
+        let progress = self.take(&mut queues.get(queue), queue);
+        self.collect(queues);
+        match (progress, self.serve_waiting(queues)) {
+            (Progress::Done, Progress::Done) => Progress::Done,
+            _ => Progress::More,
         }
-        Progress::More
+    }
+
+    fn host_sources(&self) -> Vec<HostSource> {
+        vec![HostSource { fd: self.engine.event(), token: 0, writable: false }]
+    }
+
+    fn host_event(&mut self, queues: &mut Queues<'_>, _token: u32) -> Progress {
+        self.collect(queues);
+        self.serve_waiting(queues)
+    }
+
+    fn update(&mut self, config: &dyn Any) -> Result<(), UpdateError> {
+        let Some(config) = config.downcast_ref::<Config>() else { return Ok(()) };
+        let size = config.size.map(|size| size.0);
+        let moved = config.path != self.settings.path;
+        let sectors = if moved {
+            let disk = Disk::open(config)?;
+            if disk.block() != self.disk.block() {
+                let problem = format!(
+                    "'{}' has blocks of {} bytes, and the guest knows the disk with {}; choose a file on the same file system",
+                    config.path.display(),
+                    disk.block(),
+                    self.disk.block()
+                );
+                return Err(UpdateError::Value { kind: Config::NAME, problem });
+            }
+            let sectors = disk.capacity(size)?;
+            self.disk = disk.into();
+            sectors
+        } else {
+            self.disk.capacity(size)?
+        };
+        self.settings = config.clone();
+        if moved || sectors != self.sectors {
+            self.sectors = sectors;
+            self.config.update(|bytes| bytes[..8].copy_from_slice(&sectors.to_le_bytes()));
+        }
+        Ok(())
+    }
+
+    fn drain(&mut self, queues: &mut Queues<'_>) {
+        self.collect(queues);
+        while self.engine.in_flight() > 0 {
+            self.engine.wait();
+            self.collect(queues);
+        }
     }
 
     fn reset(&mut self) {
-        self.driver_flushes = false;
+        while self.engine.in_flight() > 0 {
+            self.engine.wait();
+            self.engine.finished(&mut self.done);
+            self.done.clear();
+        }
+        (self.features, self.waiting) = (0, 0);
     }
-}
-
-/// struct virtio_blk_config (virtio 1.3 §5.2.4) up to the field that we use last, blk_size.
-fn config_bytes(sectors: u64) -> [u8; 24] {
-    let mut bytes = [0; 24];
-    bytes[..8].copy_from_slice(&sectors.to_le_bytes());
-    bytes[8..12].copy_from_slice(&SIZE_MAX.to_le_bytes());
-    bytes[12..16].copy_from_slice(&SEG_MAX.to_le_bytes());
-    bytes[20..24].copy_from_slice(&(SECTOR as u32).to_le_bytes());
-    bytes
 }
 
 #[cfg(test)]
 mod tests;
+
+#[cfg(test)]
+mod disk_tests;

@@ -1,12 +1,16 @@
 //! One block request (virtio 1.3 §5.2.6): from a chain, and back to it.
 
+use std::collections::VecDeque;
+
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
-    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use super::MAX_REQUEST;
-use crate::virtio::buffers::Buffers;
+use super::job::{Clear, Range};
+use super::space::{MAX_CLEAR_SECTORS, MAX_CLEAR_SEGMENTS};
+use super::{MAX_REQUEST, SECTOR};
+use crate::virtio::buffers::{Buffers, Held};
 use crate::virtio::queue::{Chain, Head};
 
 /// What a request asks for.
@@ -26,6 +30,10 @@ pub enum Operation {
     Flush,
     /// Tell the disk's identity string.
     GetId,
+    /// Ranges need not be kept.
+    Discard,
+    /// Ranges are to read as zeros.
+    WriteZeroes,
     /// Something that the device does not do.
     Unsupported,
     /// Something with more than [`MAX_REQUEST`] bytes of data.
@@ -59,6 +67,18 @@ pub struct Request<'m> {
     writable: u32,
 }
 
+/// What is left of a request while its data is on its way: where the answer goes.
+#[derive(Debug)]
+pub struct Ticket {
+    /// The queue it came from.
+    pub queue: u16,
+    /// Bytes of data that it moves.
+    pub bytes: usize,
+    status: Held,
+    head: Head,
+    writable: u32,
+}
+
 impl<'m> Request<'m> {
     /// Reads a request from its chain: a header of 16 bytes at the front of what is readable, and a status at
     /// the end of what is writable, wherever descriptors begin and end (§2.7.4.2). A chain without either is no
@@ -80,6 +100,8 @@ impl<'m> Request<'m> {
             VIRTIO_BLK_T_OUT => Operation::Write { sector },
             VIRTIO_BLK_T_FLUSH => Operation::Flush,
             VIRTIO_BLK_T_GET_ID => Operation::GetId,
+            VIRTIO_BLK_T_DISCARD => Operation::Discard,
+            VIRTIO_BLK_T_WRITE_ZEROES => Operation::WriteZeroes,
             _ => Operation::Unsupported,
         };
         Ok(Self { operation, from_guest, to_guest, status, head, writable })
@@ -91,6 +113,49 @@ impl<'m> Request<'m> {
             Operation::TooLarge => 0,
             _ => self.from_guest.len() + self.to_guest.len(),
         }
+    }
+
+    /// The ranges of a request to discard or zero (§5.2.6), on a disk of `sectors` sectors in blocks of `block`
+    /// bytes. All of them are checked before the first is touched.
+    pub fn ranges(&mut self, sectors: u64, block: u32) -> Result<VecDeque<Range>, Status> {
+        let (count, rest) = (self.from_guest.len() / SEGMENT, self.from_guest.len() % SEGMENT);
+        if rest != 0 || !(1..=MAX_CLEAR_SEGMENTS as usize).contains(&count) {
+            return Err(Status::IoError);
+        }
+        let mut ranges = VecDeque::with_capacity(count);
+        while let Some(segment) = self.from_guest.read_obj::<[u32; 4]>() {
+            let [sector_low, sector_high, count, flags] = segment.map(u32::from_le);
+            let sector = u64::from(sector_low) | u64::from(sector_high) << 32;
+            let how = match (self.operation, flags) {
+                (Operation::Discard, 0) => Clear::Discard,
+                (Operation::WriteZeroes, 0) => Clear::Zero,
+                (Operation::WriteZeroes, UNMAP) => Clear::Unmap,
+                _ => return Err(Status::Unsupported),
+            };
+            let end = sector.checked_add(count.into()).filter(|&end| end <= sectors);
+            let (offset, len) = (sector.wrapping_mul(SECTOR), u64::from(count) * SECTOR);
+            let whole = (offset | len).is_multiple_of(block.into());
+            if end.is_none() || !whole || !(1..=MAX_CLEAR_SECTORS).contains(&count) {
+                return Err(Status::IoError);
+            }
+            ranges.push_back(Range { offset, len, how });
+        }
+        Ok(ranges)
+    }
+
+    /// Splits it into the data to move, and what is needed to complete it later.
+    pub fn hold(mut self, queue: u16) -> (Held, Ticket) {
+        let bytes = self.bytes();
+        let data = match self.operation {
+            Operation::Read { .. } => self.to_guest,
+            // Nothing will be written there, and the answer counts it all the same, see `complete`.
+            _ => {
+                self.to_guest.zero();
+                self.from_guest
+            }
+        };
+        let Self { status, head, writable, .. } = self;
+        (data.hold(), Ticket { queue, bytes, status: status.hold(), head, writable })
     }
 
     /// Writes the status. What is left of the data is zeroed: the status is the last byte, so the length that
@@ -105,3 +170,16 @@ impl<'m> Request<'m> {
         (self.head, if untouched { 0 } else { self.writable })
     }
 }
+
+impl Ticket {
+    /// Writes the status; the data was moved or zeroed.
+    pub fn complete(mut self, status: Status) -> (Head, u32) {
+        self.status.write(&[status as u8]);
+        (self.head, self.writable)
+    }
+}
+
+/// Bytes of struct virtio_blk_discard_write_zeroes.
+const SEGMENT: usize = 16;
+/// The range may be given back to the host.
+const UNMAP: u32 = 1;

@@ -4,9 +4,16 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 
+use std::path::Path;
+
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SIZE_MAX};
+
 use super::*;
+use crate::model::MachineShape;
 use crate::virtio::test_driver::{DATA, Desc, Driver, INDIRECT, NEXT, Reply, WRITE};
 
+/// The machine around the disks.
+pub const ONE_CPU: MachineShape = MachineShape { cpus: 1 };
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;
@@ -28,7 +35,7 @@ fn header(kind: u32, sector: u64) -> [u8; 16] {
 /// A driver of a specimen, and the specimen's file.
 fn driver(ro: bool, features: u64) -> (Driver, File) {
     let block = Block::specimen(ro);
-    let file = File::from(block.disk.fd().try_clone().expect("descriptor"));
+    let file = File::from(block.disk.fd().try_clone_to_owned().expect("descriptor"));
     (start(block, features), file)
 }
 
@@ -92,7 +99,7 @@ fn the_capacity_is_the_files() {
     assert_ne!(driver.offered() & 1 << VIRTIO_BLK_F_SIZE_MAX, 0);
     assert_eq!(bytes[8..12], (256u32 << 10).to_le_bytes(), "size_max");
     assert_eq!(bytes[12..16], 254u32.to_le_bytes(), "seg_max");
-    assert_eq!(bytes[20..], 512u32.to_le_bytes(), "blk_size");
+    assert_eq!(bytes[20..24], 512u32.to_le_bytes(), "blk_size");
 }
 
 #[test]
@@ -208,7 +215,7 @@ fn a_read_only_disk_refuses_writes_whatever_the_driver_agreed_to() {
 #[test]
 fn a_read_only_disk_is_opened_for_reading_only() {
     let file = image(512);
-    let disk = Disk::open(file.path(), true).expect("opens");
+    let disk = Disk::open(&Config { ro: true, ..Config::new(file.path()) }).expect("opens");
     let error = rustix::io::pwrite(disk.fd(), b"x", 0).expect_err("no write access");
     assert_eq!(error, rustix::io::Errno::BADF);
 }
@@ -225,10 +232,17 @@ fn a_file_that_was_cut_short_gives_errors_and_no_old_memory() {
     assert_eq!(driver.counters.host_errors.load(Ordering::Relaxed), 1);
 }
 
+/// A disk of 8 sectors on whatever is open.
+fn odd(file: File, path: &str, engine: EngineKind) -> Block {
+    let settings = Config { engine, ..Config::new(Path::new(path)) };
+    let disk = Disk::on(file.into(), Path::new(path), false);
+    Block::with_sectors(settings, disk, engine::open(engine).expect("an engine"), 1, 8)
+}
+
 /// A disk on a character device of the host, for its errors.
 fn odd_disk(path: &str) -> Block {
     let file = File::options().read(true).write(true).open(path).expect(path);
-    Block::new(Disk::on(file.into(), Path::new(path), 8, false), "")
+    odd(file, path, EngineKind::Auto)
 }
 
 #[test]
@@ -272,15 +286,24 @@ fn the_operator_hears_once_per_activation_that_the_host_fails() {
 }
 
 #[test]
-fn writes_are_flushed_for_a_driver_that_cannot() {
+fn writes_are_durable_before_they_are_completed_for_a_driver_that_cannot_flush() {
+    let mut block = Block::specimen(false);
+    for (features, durable) in [(0, true), (FLUSH_FEATURE, false), (0, true)] {
+        block.activate(features);
+        assert_eq!(block.durable(), durable, "features {features:#x}");
+        block.reset();
+    }
+    block.settings.cache = Cache::Unsafe;
+    block.activate(0);
+    assert!(!block.durable(), "the operator does not want it");
+}
+
+#[test]
+fn a_flush_that_fails_is_an_error_of_the_request() {
     // /dev/null takes writes and cannot be flushed: so a flush shows.
-    let mut driver = start(odd_disk("/dev/null"), 0);
-    assert_eq!(status(&mut driver, &header(OUT, 0), &[1; 512], 0), IOERR);
-    driver.start(FLUSH_FEATURE);
+    let mut driver = start(odd_disk("/dev/null"), FLUSH_FEATURE);
     assert_eq!(status(&mut driver, &header(OUT, 0), &[1; 512], 0), OK);
     assert_eq!(status(&mut driver, &header(FLUSH, 0), &[], 0), IOERR);
-    driver.start(0);
-    assert_eq!(status(&mut driver, &header(OUT, 0), &[1; 512], 0), IOERR, "a reset forgets");
 }
 
 #[test]
@@ -366,7 +389,7 @@ fn image(bytes: u64) -> tempfile::NamedTempFile {
 }
 
 fn refusal(config: &Config) -> String {
-    config.open(&crate::model::MachineShape { cpus: 1 }).err().expect("refused").to_string()
+    config.open(&ONE_CPU).err().expect("refused").to_string()
 }
 
 #[test]
@@ -376,14 +399,14 @@ fn what_is_no_disk_is_refused_in_one_sentence() {
     let (empty, odd) = (image(0), image(1000));
     for (path, ro, want) in [
         (missing.as_path(), false, "no such file; check the path, or make an image with truncate(1)"),
-        (directory.path(), false, "it is a directory; give a raw disk image or a block device"),
-        (directory.path(), true, "it is a directory; give a raw disk image or a block device"),
+        (directory.path(), false, "it is a directory; give a disk image or a block device"),
+        (directory.path(), true, "it is a directory; give a disk image or a block device"),
         (
             Path::new("/dev/null"),
             true,
-            "it is neither a file nor a block device; give a raw disk image or a block device",
+            "it is neither a file nor a block device; give a disk image or a block device",
         ),
-        (empty.path(), true, "it is empty; give it a size with truncate(1)"),
+        (empty.path(), true, "it is empty; give it a size with truncate(1), or say size=SIZE"),
         (
             odd.path(),
             false,
@@ -409,17 +432,15 @@ fn what_is_no_disk_is_refused_in_one_sentence() {
 fn a_disk_has_one_writer_or_many_readers() {
     let file = image(512);
     let config = |ro| Config { ro, ..Config::new(file.path()) };
-    let readers = [
-        config(true).open(&crate::model::MachineShape { cpus: 1 }).expect("one reader"),
-        config(true).open(&crate::model::MachineShape { cpus: 1 }).expect("another"),
-    ];
+    let readers =
+        [config(true).open(&ONE_CPU).expect("one reader"), config(true).open(&ONE_CPU).expect("another")];
     assert!(refusal(&config(false)).contains("another VM is using it; stop that VM, or add ',ro' to both"));
     drop(readers);
-    let writer = config(false).open(&crate::model::MachineShape { cpus: 1 }).expect("a writer");
+    let writer = config(false).open(&ONE_CPU).expect("a writer");
     assert!(refusal(&config(false)).contains("another VM is using it"));
     assert!(refusal(&config(true)).contains("another VM is writing to it; stop that VM, or make a copy"));
     drop(writer);
-    config(false).open(&crate::model::MachineShape { cpus: 1 }).expect("another writer");
+    config(false).open(&ONE_CPU).expect("another writer");
 }
 
 #[test]
@@ -435,7 +456,7 @@ fn the_guest_is_told_where_its_root_is() {
 #[test]
 fn flags_and_files_say_the_same() {
     let parse = crate::registry::KINDS[0].parse;
-    let want = Config { path: "/a,b.img".into(), ro: true, id: Some("root".into()), root: false };
+    let want = Config { ro: true, id: Some("root".into()), ..Config::new(Path::new("/a,b.img")) };
     assert_eq!(parse("/a,,b.img,ro,id=root"), Ok(crate::registry::DeviceConfig::Disk(want)));
     let json = r#"{"kind":"disk","path":"/a,b.img","ro":true,"id":"root"}"#;
     assert_eq!(serde_json::from_str(json).ok(), parse("path=/a,,b.img,ro=on,id=root").ok());

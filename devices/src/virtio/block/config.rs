@@ -1,0 +1,200 @@
+//! What an operator says about a disk.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::disk::Disk;
+use super::engine::{self, Kind};
+use super::{Block, ID_BYTES};
+use crate::model::{DeviceKind, MachineShape, OpenError, VirtioDevice};
+use crate::size::ByteSize;
+use crate::throttle::{Limits, TokenBucket};
+
+/// Most queues of a disk: one a vCPU helps the guest only, since one runner serves them all.
+const MAX_QUEUES: u16 = 16;
+
+/// Configuration of a disk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Disk image, or a block device.
+    pub path: PathBuf,
+    /// The guest can only read it.
+    #[serde(default)]
+    pub ro: bool,
+    /// What is in the file; never guessed from it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub format: Format,
+    /// The image may name another file that holds what it does not.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub backing: bool,
+    /// Capacity in bytes: a file that is shorter is extended (nothing is written there), of one that is longer the
+    /// front is used. Without it, the capacity is what the file holds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<ByteSize>,
+    /// What stands between the guest and the host's disk.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub cache: Cache,
+    /// How requests are done.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub engine: Kind,
+    /// Queues, up to 16; one a vCPU if it is not said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// Limit in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<TokenBucket>,
+    /// Limit in requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ops: Option<TokenBucket>,
+    /// Which thread serves it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub runner: Runner,
+    /// Up to 20 characters by which a guest finds it in /dev/disk/by-id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The guest's root file system is on it.
+    #[serde(default)]
+    pub root: bool,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+/// What is in a disk's file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// The disk, byte for byte.
+    #[default]
+    Raw,
+    /// An image of QEMU's format.
+    Qcow2,
+}
+
+/// Which thread serves a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Runner {
+    /// The one of all devices.
+    #[default]
+    Shared,
+    /// One of its own.
+    Own,
+}
+
+/// What stands between the guest and the host's disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cache {
+    /// The host's page cache; the guest's flushes make writes durable.
+    #[default]
+    Writeback,
+    /// Nothing: direct I/O. The guest's flushes make writes durable.
+    None,
+    /// The host's page cache, and flushes do nothing: what is written is lost when the host fails.
+    Unsafe,
+}
+
+impl DeviceKind for Config {
+    const NAME: &'static str = "disk";
+    const SYNTAX: &'static str = "path=FILE[,ro][,id=NAME][,format=raw|qcow2][,backing=on][,size=SIZE]\
+        [,cache=writeback|none|unsafe][,engine=io_uring|threads][,queues=N]\
+        [,bandwidth=LIMIT][,ops=LIMIT][,runner=own]";
+    const HELP: &'static str = "A disk, from an image or a block device";
+    const BARE_KEY: Option<&'static str> = Some("path");
+
+    const LIVE: &'static [&'static str] = &["path", "size"];
+
+    fn open(&self, machine: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
+        let refuse = |problem| Err(OpenError::Value { kind: Self::NAME, problem });
+        let id = self.id.as_deref().unwrap_or_default();
+        if id.len() > ID_BYTES || !id.bytes().all(|b| b.is_ascii_graphic()) {
+            return refuse(format!(
+                "id '{id}' does not fit; use at most {ID_BYTES} ASCII characters without spaces"
+            ));
+        }
+        if self.queues.is_some_and(|queues| !(1..=MAX_QUEUES).contains(&queues)) {
+            return refuse(format!(
+                "queues={} does not fit; use 1 to {MAX_QUEUES}",
+                self.queues.unwrap_or(0)
+            ));
+        }
+        if self.format == Format::Raw && self.backing {
+            return refuse(
+                "backing=on is for images that name a backing file; say format=qcow2, or leave it out".into(),
+            );
+        }
+        let kind = match (self.engine, self.format) {
+            (Kind::IoUring, Format::Qcow2) => {
+                return refuse("engine=io_uring does not do qcow2; leave engine= out".into());
+            }
+            (kind, Format::Raw) => kind,
+            (_, Format::Qcow2) => Kind::Threads,
+        };
+        let engine = match engine::open(kind) {
+            Ok(engine) => engine,
+            Err(error) => {
+                return refuse(format!(
+                    "engine=io_uring is not to be had here ({error}); use engine=threads"
+                ));
+            }
+        };
+        let queues = self.queues.unwrap_or(u16::from(machine.cpus).clamp(1, MAX_QUEUES));
+        Ok(Box::new(Block::new(self.clone(), Disk::open(self)?, engine, queues)?))
+    }
+
+    fn id(&self) -> Option<&str> {
+        self.id.as_deref()
+    }
+
+    fn limits(&self) -> Vec<Limits> {
+        vec![Limits { bandwidth: self.bandwidth, ops: self.ops }]
+    }
+
+    fn own_runner(&self) -> bool {
+        self.runner == Runner::Own
+    }
+
+    fn kernel_parameters(&self, nth: usize) -> Option<String> {
+        let mode = if self.ro { "ro" } else { "rw" };
+        self.root.then(|| format!("root=/dev/vd{} {mode}", letters(nth)))
+    }
+
+    #[cfg(any(test, feature = "specimen"))]
+    fn specimen() -> Box<dyn VirtioDevice> {
+        Box::new(Block::specimen(false))
+    }
+}
+
+impl Config {
+    /// A disk from the image at `path`, with nothing else chosen.
+    pub fn new(path: &Path) -> Self {
+        Self {
+            path: path.into(),
+            ro: false,
+            format: Format::Raw,
+            backing: false,
+            size: None,
+            cache: Cache::Writeback,
+            engine: Kind::Auto,
+            queues: None,
+            bandwidth: None,
+            ops: None,
+            runner: Runner::Shared,
+            id: None,
+            root: false,
+        }
+    }
+}
+
+/// How Linux names disk number `nth`: a to z, then aa, ab and so on.
+fn letters(nth: usize) -> String {
+    let last = char::from(b'a' + (nth % 26) as u8);
+    match nth / 26 {
+        0 => last.into(),
+        more => letters(more - 1) + &last.to_string(),
+    }
+}

@@ -1,0 +1,199 @@
+//! Images in the qcow2 format, read and written through the imago crate.
+//!
+//! Nothing is guessed: the operator says that a disk is qcow2, and a backing file is opened only when the operator
+//! allows it and the image names its format. (imago would look into a backing file without one, and a guest that
+//! once had that file as its raw disk could have put a header there.) Every file of the chain is locked.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use imago::file::File;
+use imago::format::PreallocateMode;
+use imago::qcow2::Qcow2;
+use imago::raw::Raw;
+use imago::{FormatAccess, ShallowMapping, StorageOpenOptions};
+
+use super::disk::{open_locked, refusal};
+use super::job::PUNCH;
+use crate::model::OpenError;
+
+/// Most backing files under one another; a chain may name itself.
+const MAX_DEPTH: usize = 16;
+
+/// An open image. Calls block.
+#[derive(Debug)]
+pub struct Image {
+    /// Discards move what other accesses may be looking at, so they are alone.
+    access: RwLock<FormatAccess<File>>,
+    /// The image's file.
+    fd: OwnedFd,
+}
+
+impl Image {
+    /// Opens what is in the locked file `fd`, which is at `path`.
+    pub fn open(
+        fd: &OwnedFd,
+        path: &Path,
+        read_only: bool,
+        direct: bool,
+        backing: bool,
+    ) -> Result<Self, OpenError> {
+        let opener = Opener { direct, backing };
+        let access = opener.qcow2(fd, path, read_only, 0)?;
+        let copy = fd.try_clone().map_err(|e| refusal("disk", path)(&e.to_string(), "try again"))?;
+        Ok(Self { access: RwLock::new(access), fd: copy })
+    }
+
+    fn shared(&self) -> RwLockReadGuard<'_, FormatAccess<File>> {
+        self.access.read().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn alone(&self) -> RwLockWriteGuard<'_, FormatAccess<File>> {
+        self.access.write().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Bytes of the disk.
+    pub fn bytes(&self) -> u64 {
+        self.shared().size()
+    }
+
+    /// Makes it larger.
+    pub fn extend(&self, bytes: u64) -> io::Result<()> {
+        self.alone().resize_grow(bytes, PreallocateMode::None)
+    }
+
+    /// Fills `room` from `offset`.
+    pub fn read(&self, room: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.shared().read(&mut *room, offset).map(|()| room.len())
+    }
+
+    /// Stores `data` at `offset`.
+    pub fn write(&self, data: &[u8], offset: u64, durable: bool) -> io::Result<usize> {
+        let access = self.shared();
+        access.write(data, offset)?;
+        if durable {
+            access.flush()?;
+            access.sync()?;
+        }
+        Ok(data.len())
+    }
+
+    /// Makes zeros of a range, and gives its clusters back if `unmap`.
+    pub fn clear(&self, offset: u64, len: u64, unmap: bool) -> io::Result<usize> {
+        if !unmap {
+            return self.shared().write_zeroes(offset, len).map(|()| 0);
+        }
+        let mut access = self.alone();
+        let freed = owned_ranges(&access, offset, len)?;
+        access.discard_to_zero(offset, len)?;
+        // imago keeps freed clusters for what is written next; until then their blocks are the host's again. Nobody
+        // can have written there yet. What cannot be punched is no worse off.
+        for (at, bytes) in freed {
+            _ = rustix::fs::fallocate(&self.fd, PUNCH, at, bytes);
+        }
+        Ok(0)
+    }
+
+    /// Makes what was written durable.
+    pub fn sync(&self) -> io::Result<usize> {
+        let access = self.shared();
+        access.flush()?;
+        access.sync().map(|()| 0)
+    }
+}
+
+/// Where a range's data is in the image's own file (offsets and lengths in bytes), as far as nothing else, such as a
+/// snapshot, has a share in it.
+fn owned_ranges(access: &FormatAccess<File>, offset: u64, len: u64) -> io::Result<Vec<(u64, u64)>> {
+    let (mut ranges, mut at) = (Vec::new(), offset);
+    while at < offset + len {
+        let (mapping, bytes) = access.get_shallow_mapping(at, offset + len - at)?;
+        if let ShallowMapping::Raw { offset, writable: true, .. } = mapping {
+            ranges.push((offset, bytes));
+        }
+        if bytes == 0 {
+            break;
+        }
+        at += bytes;
+    }
+    Ok(ranges)
+}
+
+/// How the files of a chain are opened.
+#[derive(Clone, Copy)]
+struct Opener {
+    direct: bool,
+    backing: bool,
+}
+
+impl Opener {
+    fn qcow2(
+        self,
+        fd: &OwnedFd,
+        path: &Path,
+        read_only: bool,
+        depth: usize,
+    ) -> Result<FormatAccess<File>, OpenError> {
+        let error = refusal(if depth == 0 { "disk" } else { "backing file" }, path);
+        let broken =
+            |e: io::Error| error(&format!("it is no qcow2 image ({e})"), "name its format with format=");
+        let file = self.storage(fd, path, read_only).map_err(broken)?;
+        let mut image = Qcow2::<File>::open_image(file, !read_only).map_err(broken)?;
+        if image.requires_external_data_file() {
+            return Err(error("its data is in another file", "convert it with 'qemu-img convert'"));
+        }
+        image.set_data_file(None);
+        let backing = match image.implicit_backing_file().cloned() {
+            None => None,
+            Some(name) if !self.backing => {
+                let reason = format!("it needs the backing file '{name}'");
+                return Err(error(&reason, "add ',backing=on' to allow that, if you trust the image"));
+            }
+            Some(_) if depth == MAX_DEPTH => {
+                return Err(error("too many backing files", "merge them with 'qemu-img convert'"));
+            }
+            Some(name) => {
+                let base = path.parent().unwrap_or(Path::new(".")).join(name);
+                let format = image.implicit_backing_format().cloned();
+                Some(self.backing_file(&base, format.as_deref(), depth + 1)?)
+            }
+        };
+        image.set_backing(backing);
+        Ok(FormatAccess::new(image))
+    }
+
+    /// Opens a backing file, for reading only.
+    fn backing_file(
+        self,
+        path: &Path,
+        format: Option<&str>,
+        depth: usize,
+    ) -> Result<FormatAccess<File>, OpenError> {
+        let error = refusal("backing file", path);
+        let fd = open_locked("backing file", path, true, self.direct)?;
+        match format {
+            Some("qcow2") => self.qcow2(&fd, path, true, depth),
+            Some("raw") => {
+                let failed = |e: io::Error| error(&e.to_string(), "check the file");
+                let file = self.storage(&fd, path, true).map_err(failed)?;
+                Raw::open_image(file, false).map(FormatAccess::new).map_err(failed)
+            }
+            Some(other) => Err(error(
+                &format!("its format '{other}' is not known here"),
+                "convert it with 'qemu-img convert'",
+            )),
+            None => Err(error(
+                "the image does not say which format it has",
+                "say so in the image with 'qemu-img rebase -u -F FORMAT -b FILE IMAGE'",
+            )),
+        }
+    }
+
+    /// The file for imago: the same open file, and so the same lock.
+    fn storage(self, fd: &OwnedFd, path: &Path, read_only: bool) -> io::Result<File> {
+        let options = StorageOpenOptions::new().filename(path).write(!read_only).direct(self.direct);
+        File::from_open_file(fd.try_clone()?.into(), options)
+    }
+}

@@ -121,6 +121,14 @@ pub fn demo_in(base: &Path, progress: &mut dyn Progress) -> Result<PathBuf, Root
     Ok(published)
 }
 
+/// Lays the demo image's files out below `tree`, which is made: for images that have more than the demo.
+///
+/// # Errors
+/// As [`demo`].
+pub fn demo_tree(tree: &Path, progress: &mut dyn Progress) -> Result<(), RootfsError> {
+    plant(tree, &busybox(&cache::directory()?, progress)?)
+}
+
 /// Lays the demo's files out below `tree`, which is made.
 fn plant(tree: &Path, busybox: &Path) -> Result<(), RootfsError> {
     let set_mode = |path: &Path, mode| {

@@ -167,7 +167,7 @@ fn done(connection: &TcpStream) -> Result<()> {
 }
 
 /// A name for a file's content and mode. Holes count as the zeros that they are, without being read.
-fn content_hash(file: &Path) -> Result<String> {
+pub(crate) fn content_hash(file: &Path) -> Result<String> {
     let source = File::open(file).with_context(|| format!("cannot open {}", file.display()))?;
     let metadata = source.metadata()?;
     ensure!(metadata.is_file(), "{} is not a file", file.display());

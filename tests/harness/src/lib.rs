@@ -33,6 +33,7 @@ mod guest;
 mod initramfs;
 mod kernel;
 mod place;
+mod tools;
 
 pub use disk::Disk;
 pub use guest::{Guest, Run, Running};
@@ -41,6 +42,7 @@ pub use kernel::Kernel;
 pub use net::NetNs;
 pub use place::{Acceleration, Needs, Place, local_kvm};
 pub use process::{Exit, Output, Process, Program, Signal};
+pub use tools::image as tools_image;
 
 /// The project's demo root file system, an ext4 image: busybox and our init. Shared: mount it read-only.
 pub fn demo_image() -> Result<PathBuf> {

@@ -35,7 +35,7 @@ pub fn run(runs: usize) -> Result<Table> {
     let subjects = [
         ours("vmm", ""),
         theirs("QEMU microvm", qemu::WITHOUT_ACPI, qemu::TWO_DEVICES)?,
-        theirs("QEMU microvm with ACPI", ",acpi=on,pit=off,pic=off", "")?,
+        theirs("QEMU microvm with ACPI", qemu::WITH_ACPI, "")?,
     ];
     for subject in &subjects {
         let output =

@@ -93,3 +93,14 @@ pub fn median<T: Ord + Copy>(values: impl IntoIterator<Item = T>) -> Option<T> {
     values.sort_unstable();
     values.get(values.len().saturating_sub(1) / 2).copied()
 }
+
+/// The medians of several runs, each of them a list of values in the same order.
+pub fn median_of(runs: &[Vec<f64>]) -> Vec<f64> {
+    let columns = runs.first().map_or(0, Vec::len);
+    let middle = |column: usize| {
+        let mut values: Vec<f64> = runs.iter().map(|run| run[column]).collect();
+        values.sort_by(f64::total_cmp);
+        values[(values.len() - 1) / 2]
+    };
+    (0..columns).map(middle).collect()
+}

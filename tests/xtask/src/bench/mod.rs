@@ -8,12 +8,16 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 
+mod block;
 mod boot;
+mod machine;
 mod measure;
 mod memory;
 mod qemu;
 mod start;
 mod table;
+mod tracepoints;
+mod usage;
 
 /// Measure a whole machine, side by side with QEMU's microvm
 #[derive(Args)]
@@ -30,6 +34,8 @@ enum What {
     Boot(Options),
     /// Resident memory besides guest RAM, and size of the binary
     Memory(Options),
+    /// fio on a guest's disk: speed, latency, processor time and exits
+    Block(block::Options),
 }
 
 /// How to measure.
@@ -50,6 +56,7 @@ impl Bench {
             What::Start(options) => (start::run(runs(&options)?)?, options.json),
             What::Boot(options) => (boot::run(runs(&options)?)?, options.json),
             What::Memory(options) => (memory::run(runs(&options)?)?, options.json),
+            What::Block(options) => (block::run(&options)?, options.json),
         };
         println!("{table}");
         if json {

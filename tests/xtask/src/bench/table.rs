@@ -82,7 +82,10 @@ impl fmt::Display for Table {
         for row in &self.rows {
             write!(f, "\n{:name$}", row.name)?;
             for (value, column) in row.values.iter().zip(&self.columns) {
-                write!(f, "  {value:>0$.2}", width(column))?;
+                match value.is_nan() {
+                    true => write!(f, "  {:>1$}", "-", width(column))?,
+                    false => write!(f, "  {value:>0$.2}", width(column))?,
+                }
             }
         }
         for note in &self.notes {

@@ -1,0 +1,275 @@
+//! A disk of a guest under load: fio in the guest, on our machine and on QEMU's, and on the host for comparison.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use harness::{Kernel, binaries, command, local_kvm, packages, tools_image};
+use serde_json::Value;
+
+use super::machine::Machine;
+use super::measure::{Subject, median_of};
+use super::qemu;
+use super::table::Table;
+use super::usage;
+
+/// How to measure disks.
+#[derive(Args)]
+pub struct Options {
+    /// Boots of each machine; every job runs once in each, and medians are printed
+    #[arg(long, default_value_t = 5, value_name = "N")]
+    runs: usize,
+    /// Seconds for each job
+    #[arg(long, default_value_t = 3, value_name = "N")]
+    seconds: u32,
+    /// Only jobs whose name contains one of these
+    #[arg(long, value_name = "TEXT", value_delimiter = ',')]
+    jobs: Vec<String>,
+    /// Only machines whose name contains one of these
+    #[arg(long, value_name = "TEXT", value_delimiter = ',')]
+    machines: Vec<String>,
+    /// Measure vmm with each of these --transport too
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    transport: Vec<String>,
+    /// Measure vmm with these options of --disk too, such as cache=none; repeat for more
+    #[arg(long, value_name = "OPTIONS")]
+    disk: Vec<String>,
+    /// Measure this binary of vmm too
+    #[arg(long, value_name = "PATH")]
+    against: Option<PathBuf>,
+    /// Where the disk's file is made; by default where temporary files are
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Size of the disk in MiB; it has to fit into the page cache
+    #[arg(long, default_value_t = 512, value_name = "MIB")]
+    size: u64,
+    /// fio's engine in the guest
+    #[arg(long, default_value = "libaio", value_name = "NAME")]
+    engine: String,
+    /// Also print the figures as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// One load.
+struct Job {
+    name: &'static str,
+    pattern: &'static str,
+    block: &'static str,
+    depth: u32,
+}
+
+const JOBS: [Job; 6] = [
+    Job { name: "4k-randread-1", pattern: "randread", block: "4k", depth: 1 },
+    Job { name: "4k-randwrite-1", pattern: "randwrite", block: "4k", depth: 1 },
+    Job { name: "4k-randread-32", pattern: "randread", block: "4k", depth: 32 },
+    Job { name: "4k-randwrite-32", pattern: "randwrite", block: "4k", depth: 32 },
+    Job { name: "128k-read-32", pattern: "read", block: "128k", depth: 32 },
+    Job { name: "128k-write-32", pattern: "write", block: "128k", depth: 32 },
+];
+
+const COLUMNS: [&str; 5] = ["IOPS", "MiB/s", "p50 us", "p99 us", "irqs/IO"];
+
+impl Job {
+    /// fio's command line, but for the file.
+    fn arguments(&self, options: &Options, engine: &str) -> String {
+        let Self { name, pattern, block, depth } = self;
+        format!(
+            "--name={name} --rw={pattern} --bs={block} --iodepth={depth} --ioengine={engine} --time_based --thread \
+             --runtime={} --invalidate=0 --randrepeat=0 --norandommap --lat_percentiles=1 --clat_percentiles=0 \
+             --output-format=json",
+            options.seconds
+        )
+    }
+
+    /// Runs it in a guest.
+    fn in_guest(&self, options: &Options, machine: &mut Machine, disk: &str) -> Result<Vec<f64>> {
+        let line = format!(
+            "fio {} --filename={disk} --direct=1 --output=/tmp/out --exec_prerun='echo @be''gin > /dev/console #' \
+             --exec_postrun='echo @en''d > /dev/console #'; cat /tmp/out",
+            self.arguments(options, &options.engine)
+        );
+        let before = machine.interrupts()?;
+        let window = machine.window(&line)?;
+        let interrupts = machine.interrupts()?.checked_sub(before).context("interrupts were counted back")?;
+        let fio = parse(&window.output)?;
+        let requests = requests(&fio)?;
+        let mut values = speeds(&fio, options)?;
+        values.push(interrupts as f64 / requests);
+        values.extend(window.usage.per(requests));
+        Ok(values)
+    }
+
+    /// Runs it on the host, on the same file: nothing in a guest can be faster.
+    fn on_host(&self, options: &Options, file: &Path) -> Result<Vec<f64>> {
+        let mut fio = command::words(&format!("fio {}", self.arguments(options, "io_uring")));
+        let fio = parse(&command::output(fio.arg("--filename").arg(file))?)?;
+        speeds(&fio, options)
+    }
+}
+
+/// Measures.
+pub fn run(options: &Options) -> Result<Table> {
+    ensure!(options.runs > 0, "no runs, no figures; give --runs 1 or more");
+    packages::ensure(&["fio"])?;
+    let jobs: Vec<&Job> = JOBS.iter().filter(|job| chosen(&options.jobs, job.name)).collect();
+    ensure!(!jobs.is_empty(), "there is no such job; there are {}", JOBS.map(|job| job.name).join(", "));
+    let dir = match &options.dir {
+        Some(dir) => tempfile::tempdir_in(dir)?,
+        None => tempfile::tempdir()?,
+    };
+    let file = dir.path().join("disk.img");
+    fill(&file, options.size)?;
+    let subjects: Vec<Subject> = subjects(options, &file)?
+        .into_iter()
+        .filter(|subject| chosen(&options.machines, &subject.name))
+        .collect();
+    let with_host = chosen(&options.machines, "host");
+    // One list of values a run, for each job of each machine.
+    let mut found = vec![vec![Vec::new(); jobs.len()]; subjects.len() + usize::from(with_host)];
+    for round in 0..options.runs {
+        eprintln!("round {} of {}", round + 1, options.runs);
+        for (subject, found) in subjects.iter().zip(&mut found) {
+            let mut machine = Machine::boot(subject, None)?;
+            let disk = writable_disk(&mut machine)?;
+            for (job, found) in jobs.iter().zip(found) {
+                let values = job.in_guest(options, &mut machine, &disk);
+                found.push(values.with_context(|| format!("{} on {}", job.name, subject.name))?);
+            }
+            machine.end()?;
+        }
+        if let Some(found) = found.get_mut(subjects.len()) {
+            for (job, found) in jobs.iter().zip(found) {
+                found.push(job.on_host(options, &file)?);
+            }
+        }
+    }
+    let columns: Vec<String> =
+        COLUMNS.iter().map(|&name| name.to_owned()).chain(usage::columns("IO")).collect();
+    let mut table = Table::new(
+        format!(
+            "block: fio ({}, direct) in a guest of 1 vCPU, 512 MiB; {} MiB file in the page cache on {}; medians of {} runs of {} s",
+            options.engine,
+            options.size,
+            file_system(dir.path())?,
+            options.runs,
+            options.seconds
+        ),
+        &columns.iter().map(String::as_str).collect::<Vec<_>>(),
+    );
+    let names = subjects.iter().map(|subject| subject.name.as_str()).chain(["host"]);
+    let names: Vec<&str> = names.collect();
+    for (at, job) in jobs.iter().enumerate() {
+        for (name, found) in names.iter().zip(&found) {
+            let mut values = median_of(&found[at]);
+            // The host has no VMM.
+            values.resize(columns.len(), f64::NAN);
+            table.row(&format!("{}  {name}", job.name), &values);
+        }
+    }
+    table.notes.push("us/IO: processor time of the VMM's own threads, and of the vCPU with the guest's work; the same as s per million I/Os".into());
+    table.notes.push(usage::NOTE.into());
+    table.notes.push(
+        "irqs: the guest's /proc/interrupts; host: fio with io_uring on the same file, not direct".into(),
+    );
+    Ok(table)
+}
+
+/// The machines to compare.
+fn subjects(options: &Options, file: &Path) -> Result<Vec<Subject>> {
+    let acceleration = local_kvm().context("there is no /dev/kvm here that we may use")?;
+    let kernel = Kernel::ours(acceleration).file()?.display().to_string();
+    let root = tools_image()?.display().to_string();
+    let file = file.display();
+    let release = binaries::release()?;
+    let ours = |name: &str, vmm: &Path, disk: &str, more: &str| {
+        let arguments = format!(
+            "run --memory 512M -q --kernel {kernel} --rootfs {root},ro --disk path={file}{disk} {more} -- sh"
+        );
+        Subject::new(name, &vmm.display().to_string(), &arguments)
+    };
+    let mut subjects = vec![ours("vmm", &release, "", "")];
+    subjects.extend(options.against.iter().map(|other| ours("vmm (other binary)", other, "", "")));
+    let transport =
+        |name: &String| ours(&format!("vmm {name}"), &release, "", &format!("--transport {name}"));
+    subjects.extend(options.transport.iter().map(transport));
+    subjects.extend(
+        options.disk.iter().map(|more| ours(&format!("vmm {more}"), &release, &format!(",{more}"), "")),
+    );
+    for aio in ["io_uring", "threads"] {
+        let arguments = format!(
+            "-m 512 -name bench,debug-threads=on -kernel {kernel} \
+             -drive file={root},format=raw,readonly=on,if=none,id=root -device virtio-blk-device,drive=root \
+             -drive file={file},format=raw,if=none,id=data,aio={aio} -device virtio-blk-device,drive=data -append"
+        );
+        let name = format!("QEMU {aio}");
+        let subject = qemu::microvm(&name, true, qemu::WITH_ACPI, &arguments)?
+            .arg("console=ttyS0 quiet reboot=t panic=-1 root=/dev/vda ro -- sh");
+        subjects.push(qemu::with_serial_on_stdout(subject));
+    }
+    Ok(subjects)
+}
+
+/// The guest's name for the disk under test: the root disk is read-only.
+fn writable_disk(machine: &mut Machine) -> Result<String> {
+    let found = machine.shell("grep -l 0 /sys/block/vd?/ro")?;
+    let name = found.trim().strip_prefix("/sys/block/").and_then(|rest| rest.strip_suffix("/ro"));
+    Ok(format!("/dev/{}", name.with_context(|| format!("the guest has no writable disk: {found}"))?))
+}
+
+/// fio's answer for its one job.
+fn parse(output: &str) -> Result<Value> {
+    // There may be remarks before it.
+    let json = output.find('{').map_or("", |at| &output[at..]);
+    let mut all: Value =
+        serde_json::from_str(json).with_context(|| format!("fio printed no JSON: {output}"))?;
+    match all["jobs"][0].take() {
+        Value::Null => bail!("fio ran no job: {output}"),
+        job if job["error"] != 0 => bail!("fio failed with error {}", job["error"]),
+        job => Ok(job),
+    }
+}
+
+/// Adds up one of fio's figures for both directions; one of them is zero.
+fn both(fio: &Value, path: &str) -> f64 {
+    ["read", "write"].iter().filter_map(|way| fio.pointer(&format!("/{way}{path}"))?.as_f64()).sum()
+}
+
+fn requests(fio: &Value) -> Result<f64> {
+    let requests = both(fio, "/total_ios");
+    ensure!(requests > 0.0, "fio made no request: {fio}");
+    Ok(requests)
+}
+
+/// IOPS, MiB/s, and percentiles of latency in microseconds.
+fn speeds(fio: &Value, options: &Options) -> Result<Vec<f64>> {
+    requests(fio).with_context(|| format!("in {} s", options.seconds))?;
+    let latency = |percent: &str| both(fio, &format!("/lat_ns/percentile/{percent}.000000")) / 1e3;
+    Ok(vec![both(fio, "/iops"), both(fio, "/bw_bytes") / 1_048_576.0, latency("50"), latency("99")])
+}
+
+/// Whether a name is one of those asked for; nothing asked for is everything.
+fn chosen(texts: &[String], name: &str) -> bool {
+    texts.is_empty() || texts.iter().any(|text| name.contains(text.as_str()))
+}
+
+/// Writes the whole file, so that there is no hole in it and all of it is in the page cache.
+fn fill(path: &Path, mib: u64) -> Result<()> {
+    let mut file = File::create(path).with_context(|| format!("create {}", path.display()))?;
+    let block: Vec<u8> =
+        (0..1 << 20_u32).map(|at: u32| at.wrapping_mul(0x9e37_79b1).to_le_bytes()[3]).collect();
+    for _ in 0..mib {
+        file.write_all(&block)?;
+    }
+    // What is written back later would be measured.
+    Ok(file.sync_all()?)
+}
+
+/// The type of the file system that has this directory.
+fn file_system(dir: &Path) -> Result<String> {
+    let dir = fs::canonicalize(dir)?;
+    Ok(command::output(Command::new("stat").args(["-f", "-c", "%T"]).arg(dir))?.trim().to_owned())
+}

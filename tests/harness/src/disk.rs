@@ -13,7 +13,7 @@ use crate::{command, packages};
 /// A raw disk image in a temporary directory; a guest writes to it, and it is gone with this.
 pub struct Disk {
     path: PathBuf,
-    _dir: TempDir,
+    _dir: Option<TempDir>,
 }
 
 impl Disk {
@@ -39,6 +39,11 @@ impl Disk {
         Ok(disk)
     }
 
+    /// An image that somebody else makes and keeps.
+    pub fn of_others(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), _dir: None }
+    }
+
     /// The image file.
     pub fn path(&self) -> &Path {
         &self.path
@@ -57,6 +62,6 @@ impl Disk {
 
     fn nowhere() -> Result<Self> {
         let dir = tempfile::tempdir()?;
-        Ok(Self { path: dir.path().join("disk.img"), _dir: dir })
+        Ok(Self { path: dir.path().join("disk.img"), _dir: Some(dir) })
     }
 }

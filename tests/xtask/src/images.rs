@@ -31,6 +31,7 @@ pub fn local() -> Result<()> {
         Kernel::ours(acceleration).file()?;
     }
     harness::demo_image()?;
+    harness::tools_image()?;
     Ok(())
 }
 

@@ -14,6 +14,8 @@ pub mod unit;
 
 #[cfg(any(test, feature = "specimen"))]
 pub mod test_driver;
+#[cfg(any(test, feature = "specimen"))]
+pub mod test_wire;
 
 #[cfg(test)]
 mod conformance;

@@ -335,3 +335,7 @@ impl BusDevice for PciTransport {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "pci_tests.rs"]
+mod tests;

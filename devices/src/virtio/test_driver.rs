@@ -2,7 +2,6 @@
 //! an owner that gives the device its turns on the caller's thread.
 
 use std::num::NonZeroUsize;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use virtio_bindings::virtio_ring::{VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
@@ -11,12 +10,12 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
 
 use super::F_VERSION_1;
-use super::mmio::{MmioNotifier, MmioTransport};
 use super::queue::QueueConfig;
+use super::test_wire::{Interrupts, Kind, Signals, Wire};
 use super::unit::Unit;
 use crate::GuestMemory;
 use crate::model::{
-    ActivateError, BusDevice, Counters, DeviceHost, Identity, IrqLine, Progress, UpdateError, VirtioDevice,
+    ActivateError, BusDevice, Counters, DeviceHost, Identity, Progress, UpdateError, VirtioDevice,
 };
 use crate::throttle::Limits;
 
@@ -49,16 +48,6 @@ pub fn memory() -> GuestMemory {
         GuestRegionMmap::new(mapping, GuestAddress(base)).expect("no overflow")
     });
     GuestMemory::from_regions(regions.into()).expect("no overlap")
-}
-
-/// An interrupt line that counts.
-#[derive(Default)]
-pub struct Interrupts(AtomicUsize);
-
-impl IrqLine for Interrupts {
-    fn trigger(&self) {
-        self.0.fetch_add(1, Ordering::Relaxed);
-    }
 }
 
 /// What a machine's runner is to a device, without a thread: turns happen in the call that causes them.
@@ -161,14 +150,16 @@ pub struct Reply {
 pub struct Driver {
     /// Guest memory.
     pub mem: GuestMemory,
-    /// The device's register file.
-    pub transport: MmioTransport,
+    /// The device's transport.
+    pub transport: Wire,
     /// The device's counters.
     pub counters: Arc<Counters>,
     host: Arc<Host>,
     interrupts: Arc<Interrupts>,
     /// For each queue: next free descriptor, available index, used index.
     queues: Vec<[u16; 3]>,
+    /// For each queue: its largest size.
+    max: Vec<u16>,
     next_data: u64,
 }
 
@@ -178,29 +169,48 @@ impl Driver {
         Self::limited(device, &[])
     }
 
+    /// A driver of `device` on this transport.
+    pub fn on(kind: Kind, device: Box<dyn VirtioDevice>) -> Self {
+        Self::build(kind, device, &[])
+    }
+
     /// A driver of `device` with these limits for its lanes.
     pub fn limited(device: Box<dyn VirtioDevice>, limits: &[Limits]) -> Self {
+        Self::build(Kind::chosen(), device, limits)
+    }
+
+    fn build(kind: Kind, device: Box<dyn VirtioDevice>, limits: &[Limits]) -> Self {
         let (mem, interrupts) = (memory(), Arc::<Interrupts>::default());
-        let notifier = MmioNotifier::new(interrupts.clone());
+        let signals = Signals::new(kind, device.queue_sizes().len(), interrupts.clone());
         let queues = vec![[0; 3]; device.queue_sizes().len()];
         let counters = device.counters();
         let identity = Identity::of(&*device);
-        let unit = Unit::new(device, limits, notifier.clone(), mem.clone());
+        let unit = Unit::new(device, limits, signals.notifier(), mem.clone());
         let host = Arc::new(Host(Mutex::new(unit)));
-        let transport = MmioTransport::of(identity, notifier, host.clone());
-        Self { mem, transport, counters, host, interrupts, queues, next_data: DATA }
+        let max = identity.queue_sizes.clone();
+        let transport = signals.connect(identity, host.clone());
+        transport.enable();
+        Self { mem, transport, counters, host, interrupts, queues, max, next_data: DATA }
     }
 
-    /// Reads a register.
+    /// Reads a register, by virtio-mmio's offset on every transport.
     pub fn get(&self, offset: u64) -> u32 {
-        let mut data = [0; 4];
-        self.transport.read(offset, &mut data);
-        u32::from_le_bytes(data)
+        self.transport.get(offset)
     }
 
-    /// Writes a register.
+    /// Writes a register, by virtio-mmio's offset on every transport.
     pub fn set(&self, offset: u64, value: u32) {
-        self.transport.write(offset, &value.to_le_bytes());
+        self.transport.set(offset, value);
+    }
+
+    /// Reads the device's configuration space.
+    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.transport.read(self.transport.device_config() + offset, data);
+    }
+
+    /// Writes the device's configuration space.
+    pub fn write_config(&self, offset: u64, data: &[u8]) {
+        self.transport.write(self.transport.device_config() + offset, data);
     }
 
     /// Device status.
@@ -224,13 +234,14 @@ impl Driver {
 
     /// Largest size of a queue.
     pub fn queue_max(&self, queue: u16) -> u32 {
-        self.set(0x30, queue.into());
-        self.get(0x34)
+        self.max.get(usize::from(queue)).copied().unwrap_or(0).into()
     }
 
     /// Resets the device and accepts `features`. Returns whether the device agreed.
     pub fn negotiate(&mut self, features: u64) -> bool {
+        self.transport.enable();
         self.set(0x70, 0);
+        self.transport.connect_interrupts();
         self.queues.fill([0; 3]);
         self.next_data = DATA;
         self.set(0x70, 1);
@@ -352,7 +363,7 @@ impl Driver {
 
     /// How often the device interrupted.
     pub fn interrupts(&self) -> usize {
-        self.interrupts.0.load(Ordering::Relaxed)
+        self.interrupts.count()
     }
 
     /// Places buffers in memory (writable ones filled with 0xa5), makes a chain of them available and returns

@@ -3,9 +3,10 @@
 
 use devices::registry::KINDS;
 use devices::virtio::test_driver::Driver;
+use devices::virtio::test_wire::Kind;
 
 libfuzzer_sys::fuzz_target!(|input: &[u8]| {
     let Some((&choice, input)) = input.split_first() else { return };
     let kind = &KINDS[usize::from(choice) % KINDS.len()];
-    fuzz::run(&mut Driver::new((kind.specimen)()), input);
+    fuzz::run(&mut Driver::on(Kind::Mmio, (kind.specimen)()), input);
 });

@@ -140,6 +140,11 @@ impl<'a> Guest<'a> {
         self.arg("--memory").arg(size)
     }
 
+    /// `--transport`: `mmio` or `pci`.
+    pub fn transport(self, name: &str) -> Self {
+        self.arg("--transport").arg(name)
+    }
+
     /// More kernel parameters.
     pub fn append(mut self, parameters: &str) -> Self {
         self.append.push(parameters.to_owned());

@@ -24,6 +24,9 @@ impl Counts {
     }
 }
 
+/// Names the transport to the tests of devices (`VARIABLE` of `devices::virtio::test_wire`).
+const TEST_TRANSPORT: &str = "VMM_TEST_TRANSPORT";
+
 /// Runs tests with the same environment.
 pub struct Runner {
     environment: Vec<(&'static str, String)>,
@@ -52,6 +55,14 @@ impl Runner {
         arguments.extend(expression.iter().flat_map(|expression| ["--filterset", expression]));
         arguments.extend(filter);
         self.run(&arguments, if nextest { nextest_line } else { libtest_line })
+    }
+
+    /// The tests of devices once more, on virtio-pci: those that do not name their transport.
+    pub fn devices_on_pci(&mut self) -> Result<Counts> {
+        self.environment.push((TEST_TRANSPORT, "pci".into()));
+        let counts = self.run(&["test", "--package", "devices", "--lib", "--", "virtio::"], libtest_line);
+        self.environment.pop();
+        counts
     }
 
     /// The tests in documentation, which nextest does not run.

@@ -60,6 +60,8 @@ impl Test {
         step("tests");
         totals.add(runner.tests(self.filter.as_deref(), self.expression().as_deref())?);
         if whole {
+            step("device tests on virtio-pci");
+            totals.add(runner.devices_on_pci()?);
             step("documentation tests");
             totals.add(runner.doc_tests()?);
             totals.add(fuzz::run(self.fuzz_seconds)?);

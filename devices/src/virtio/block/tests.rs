@@ -94,7 +94,7 @@ fn every_page_that_a_read_fills_is_marked_dirty() {
 fn the_capacity_is_the_files() {
     let (driver, _) = driver(false, 0);
     let mut bytes = [0; 24];
-    crate::model::BusDevice::read(&driver.transport, 0x100, &mut bytes);
+    driver.read_config(0, &mut bytes);
     assert_eq!(bytes[..8], SECTORS.to_le_bytes());
     assert_ne!(driver.offered() & 1 << VIRTIO_BLK_F_SIZE_MAX, 0);
     assert_eq!(bytes[8..12], (256u32 << 10).to_le_bytes(), "size_max");

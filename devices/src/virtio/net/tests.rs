@@ -65,7 +65,7 @@ fn counter(counter: &std::sync::atomic::AtomicU64) -> u64 {
 fn the_configuration_has_address_and_link() {
     let (driver, _host) = driver(0);
     let mut bytes = [0; 8];
-    crate::model::BusDevice::read(&driver.transport, 0x100, &mut bytes);
+    driver.read_config(0, &mut bytes);
     assert_eq!(bytes[..6], MacAddr::from_name("test").bytes());
     assert_eq!(bytes[6..], [1, 0], "the link is up");
 }

@@ -95,6 +95,8 @@ fn wrong_flags_are_told_with_what_would_be_right() {
         ("run --disk ro", &["cannot open disk 'ro'"]),
         ("run --net mac=02:00:00:00:00:01", &["'tap' is missing; add tap=VALUE"]),
         ("run --net tap=t,mac=1", &["'1' is not a MAC address"]),
+        ("run --vsock cid=5", &["'path' is missing; add path=VALUE"]),
+        ("run --vsock s,cid=-1", &["cid=-1: expected a number from 0 to 4294967295"]),
         ("run --rng --no-rng", &["cannot be used with"]),
         ("run --rootfs d --no-rootfs", &["cannot be used with"]),
         ("run -v -q", &["cannot be used with '--quiet'"]),
@@ -335,7 +337,8 @@ fn bad_configuration_files_are_refused_with_the_place_and_the_keys() {
 #[test]
 fn help_completion_and_manual_pages_know_every_flag() {
     let fixture = Fixture::new();
-    let flags = ["--kernel", "--rootfs", "--config", "--dry-run", "--disk", "--net", "--rng", "--no-rng"];
+    let flags =
+        ["--kernel", "--rootfs", "--config", "--dry-run", "--disk", "--net", "--rng", "--no-rng", "--vsock"];
     for arguments in ["run --help", "help run", "completion bash", "man run"] {
         let text = fixture.prints(arguments).replace("\\-", "-");
         for flag in flags {

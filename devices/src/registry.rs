@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::model::{DeviceKind, MachineShape, OpenError, UpdateError, VirtioDevice};
 use crate::params::{self, ParamError};
 use crate::throttle::{self, Limits};
-use crate::virtio::{block, net, rng};
+use crate::virtio::{block, net, rng, vsock};
 
 /// A device kind, as the command line needs to know it.
 pub struct Kind {
@@ -161,6 +161,7 @@ registry! {
     Disk => block::Config,
     Net => net::Config,
     Rng => rng::Config,
+    Vsock => vsock::Config,
 }
 
 #[cfg(test)]

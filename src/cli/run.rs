@@ -187,6 +187,7 @@ fn transport() -> impl TypedValueParser<Value = Transport> {
 /// Runs the subcommand. `start` is when the process began.
 pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     logging::start(args.verbose, args.quiet)?;
+    raise_file_limit();
     let file = args.config.as_deref().map(config_file::load).transpose()?.unwrap_or_default();
     let mut config = config::merge(args, file)?;
     config::spare_own_files(&config, args.config.as_deref())?;
@@ -215,6 +216,14 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
         print_timings(&vm, start, stopped);
     }
     status(&ended, (!args.command.is_empty()).then(|| vm.exit_status()))
+}
+
+/// A device may take a file descriptor for each of its guest's connections, and a shell's limit is often 1024.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // Where it cannot be raised, the device says what it runs out of.
+    _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 /// Checks what can be checked without making anything, and prints the configuration.

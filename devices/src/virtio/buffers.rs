@@ -279,6 +279,19 @@ impl<'m> Buffers<'m> {
         self.skip(n);
         Ok(n)
     }
+    /// One `sendmsg` of the buffers to a stream socket, which neither waits nor raises SIGPIPE. Returns the count of
+    /// bytes, which are consumed.
+    pub fn send_to(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
+        let mut iov = self.iovecs();
+        // SAFETY: a message header of zeros is one with neither address, buffers nor control data.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        (message.msg_iov, message.msg_iovlen) = (iov.as_mut_ptr(), iov.len() as _);
+        let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
+        // SAFETY: as in `write_to`; the message names `iov`, which lives until after the call.
+        let n = retry(|| unsafe { libc::sendmsg(socket.as_raw_fd(), &message, flags) })?;
+        self.skip(n);
+        Ok(n)
+    }
 }
 
 /// Buffers with a handle of the memory that they lie in: for requests that are served when the call that brought

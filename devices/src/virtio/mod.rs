@@ -11,6 +11,7 @@ pub mod registers;
 pub mod rng;
 pub mod transport;
 pub mod unit;
+pub mod vsock;
 
 #[cfg(any(test, feature = "specimen"))]
 pub mod test_driver;

@@ -21,6 +21,11 @@ pub fn release() -> Result<PathBuf> {
     build(&["--release", "--package", "vmm", "--bin", "vmm"])
 }
 
+/// The static `stream-peer` binary, which runs in guests and beside them.
+pub fn stream_peer() -> Result<PathBuf> {
+    build(&["--release", "--package", "stream-peer", "--bin", "stream-peer"])
+}
+
 /// Builds one static executable, chosen by arguments to `cargo build`, and returns its path.
 pub fn build(arguments: &[&str]) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

@@ -18,6 +18,11 @@ pub fn pack(root: &Path, to: &Path) -> Result<()> {
 
 /// An initramfs with our init and busybox: a root file system in memory.
 pub fn demo() -> Result<Vec<u8>> {
+    with_programs(&[])
+}
+
+/// The same with more programs, which have to be static: their names in /bin, and their files here.
+pub fn with_programs(programs: &[(&str, &Path)]) -> Result<Vec<u8>> {
     packages::ensure(&["busybox-static"])?;
     let busybox = fs::read(packages::find_program("busybox")?)?;
     let mut entries: Vec<Entry> = ["bin", "dev", "proc", "sys", "tmp"].map(Entry::directory).into();
@@ -25,6 +30,10 @@ pub fn demo() -> Result<Vec<u8>> {
     entries.push(Entry::program("init", guest_images::INIT));
     entries.push(Entry::program("bin/busybox", busybox));
     entries.extend(["sh", "ls", "grep", "cat"].map(|name| Entry::symlink(&format!("bin/{name}"), "busybox")));
+    for (name, file) in programs {
+        let bytes = fs::read(file).with_context(|| format!("read {}", file.display()))?;
+        entries.push(Entry::program(&format!("bin/{name}"), bytes));
+    }
     Ok(initramfs::build(&entries)?)
 }
 

@@ -37,7 +37,7 @@ mod tools;
 
 pub use disk::Disk;
 pub use guest::{Guest, Run, Running};
-pub use initramfs::demo as initramfs;
+pub use initramfs::{demo as initramfs, with_programs as initramfs_with};
 pub use kernel::Kernel;
 pub use net::NetNs;
 pub use place::{Acceleration, Needs, Place, local_kvm};

@@ -79,3 +79,17 @@ fn a_disk_that_shrinks_under_the_guest_is_an_error_to_it_and_no_more() -> Result
     assert!(run.console.contains("\nread") == matches!(run.place, harness::Place::Lab(_)), "{}", run.console);
     Ok(())
 }
+
+#[test]
+fn blocks_that_the_guest_trims_return_to_the_host() -> Result<()> {
+    for options in ["", ",engine=threads"] {
+        let disk = Disk::ext4(64 << 20)?;
+        let line = "mount /dev/vdb /mnt; dd if=/dev/urandom of=/mnt/large bs=64k count=640 conv=fsync 2>/dev/null; \
+                    echo written; rm /mnt/large; sync; fstrim /mnt; umount /mnt";
+        Guest::new().disk_with(&disk, options).shell(line).run()?.ok()?.expect_line("written")?;
+        disk.check_ext4()?;
+        let left = disk.allocated()?;
+        assert!(left < 20 << 20, "{left} bytes, after 40 MiB were written and removed");
+    }
+    Ok(())
+}

@@ -54,6 +54,11 @@ impl Disk {
         command::run(Command::new(packages::find_program("e2fsck")?).args(["-f", "-n"]).arg(&self.path))
     }
 
+    /// Bytes that the host's file system keeps for it.
+    pub fn allocated(&self) -> Result<u64> {
+        Ok(std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&self.path)?) * 512)
+    }
+
     /// Reads a file from the ext4 file system, without mounting it.
     pub fn read_file(&self, name: &str) -> Result<String> {
         let debugfs = packages::find_program("debugfs")?;

@@ -2,11 +2,12 @@
 //!
 //! The struct's types decide what a value means, so a device's configuration is written once and is the same
 //! in a flag, in JSON and in TOML. A key alone means `true`; a comma within a value is doubled.
+//! A key whose type is a list may be given several times.
 
 use std::fmt;
 
 use serde::de::value::StrDeserializer;
-use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, MapAccess, Visitor};
+use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, MapAccess, SeqAccess, Visitor};
 
 /// What is wrong with a command line value, as a sentence for whoever typed it.
 #[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
@@ -88,10 +89,10 @@ pub fn from_str<T: DeserializeOwned>(text: &str, bare_key: Option<&str>) -> Resu
     T::deserialize(Params { items: split(text, bare_key)? })
 }
 
-/// One `key=value`, or one `key`.
+/// One key, with the values that it is given, in their order; `None` is that of a key alone.
 struct Item {
     key: String,
-    value: Option<String>,
+    values: Vec<Option<String>>,
 }
 
 fn split(text: &str, bare_key: Option<&str>) -> Result<Vec<Item>, ParamError> {
@@ -113,15 +114,15 @@ fn split(text: &str, bare_key: Option<&str>) -> Result<Vec<Item>, ParamError> {
         if item.is_empty() {
             return Err(ParamError::Empty);
         }
-        let item = match (item.split_once('='), bare_key) {
-            (Some((key, value)), _) => Item { key: key.into(), value: Some(value.into()) },
-            (None, Some(key)) if items.is_empty() => Item { key: key.into(), value: Some(item) },
-            (None, _) => Item { key: item, value: None },
+        let (key, value) = match (item.split_once('='), bare_key) {
+            (Some((key, value)), _) => (key.into(), Some(value.into())),
+            (None, Some(key)) if items.is_empty() => (key.into(), Some(item)),
+            (None, _) => (item, None),
         };
-        if items.iter().any(|other| other.key == item.key) {
-            return Err(ParamError::Duplicate { key: item.key });
+        match items.iter_mut().find(|other| other.key == key) {
+            Some(other) => other.values.push(value),
+            None => items.push(Item { key, values: vec![value] }),
         }
-        items.push(item);
         if !more {
             return Ok(items);
         }
@@ -176,22 +177,40 @@ impl<'de> MapAccess<'de> for Items {
     fn next_value_seed<V: DeserializeSeed<'de>>(&mut self, seed: V) -> Result<V::Value, ParamError> {
         let item = self.value.take().ok_or(ParamError::Empty)?;
         // Only here is it known which value a type refused.
-        seed.deserialize(Value(&item)).map_err(|error| match (error, &item.value) {
-            (ParamError::Refused(problem), Some(value)) => {
-                ParamError::Value { key: item.key.clone(), value: value.clone(), problem }
-            }
-            (ParamError::Refused(_), None) => ParamError::NoValue { key: item.key.clone() },
-            (error, _) => error,
-        })
+        let value = Value { key: &item.key, values: &item.values };
+        seed.deserialize(value).map_err(|error| value.explain(error))
     }
 }
 
-/// One value, which becomes whatever type is asked for.
-struct Value<'a>(&'a Item);
+/// The values of a key, which become whatever type is asked for.
+#[derive(Clone, Copy)]
+struct Value<'a> {
+    key: &'a str,
+    values: &'a [Option<String>],
+}
 
-impl Value<'_> {
-    fn text(&self) -> Result<&str, ParamError> {
-        self.0.value.as_deref().ok_or_else(|| ParamError::NoValue { key: self.0.key.clone() })
+impl<'a> Value<'a> {
+    /// The only one: every type but a list has one.
+    fn single(&self) -> Result<Option<&'a str>, ParamError> {
+        match self.values {
+            [value] => Ok(value.as_deref()),
+            _ => Err(ParamError::Duplicate { key: self.key.into() }),
+        }
+    }
+
+    fn text(&self) -> Result<&'a str, ParamError> {
+        self.single()?.ok_or_else(|| ParamError::NoValue { key: self.key.into() })
+    }
+
+    /// Says which value it was that a type refused.
+    fn explain(&self, error: ParamError) -> ParamError {
+        match (error, self.values) {
+            (ParamError::Refused(problem), [Some(value)]) => {
+                ParamError::Value { key: self.key.into(), value: value.clone(), problem }
+            }
+            (ParamError::Refused(_), [None]) => ParamError::NoValue { key: self.key.into() },
+            (error, _) => error,
+        }
     }
 
     fn number<T: std::str::FromStr>(&self, range: impl fmt::Display) -> Result<T, ParamError> {
@@ -224,14 +243,14 @@ impl<'de> de::Deserializer<'de> for Value<'_> {
     }
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ParamError> {
-        match &self.0.value {
+        match self.single()? {
             Some(text) => visitor.visit_str(text),
             None => visitor.visit_bool(true),
         }
     }
 
     fn deserialize_bool<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ParamError> {
-        visitor.visit_bool(match self.0.value.as_deref() {
+        visitor.visit_bool(match self.single()? {
             None | Some("true" | "on") => true,
             Some("false" | "off") => false,
             Some(_) => return Err(ParamError::Refused("expected on, off, true or false".into())),
@@ -248,6 +267,10 @@ impl<'de> de::Deserializer<'de> for Value<'_> {
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ParamError> {
         visitor.visit_some(self)
+    }
+
+    fn deserialize_seq<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, ParamError> {
+        visitor.visit_seq(Values(self))
     }
 
     fn deserialize_newtype_struct<V: Visitor<'de>>(
@@ -268,7 +291,24 @@ impl<'de> de::Deserializer<'de> for Value<'_> {
     }
 
     serde::forward_to_deserialize_any! {
-        i128 u128 char bytes byte_buf unit unit_struct seq tuple tuple_struct map struct identifier ignored_any
+        i128 u128 char bytes byte_buf unit unit_struct tuple tuple_struct map struct identifier ignored_any
+    }
+}
+
+/// The values of a key, one after the other.
+struct Values<'a>(Value<'a>);
+
+impl<'de> SeqAccess<'de> for Values<'_> {
+    type Error = ParamError;
+
+    fn next_element_seed<T: DeserializeSeed<'de>>(
+        &mut self,
+        seed: T,
+    ) -> Result<Option<T::Value>, ParamError> {
+        let Some((first, rest)) = self.0.values.split_first() else { return Ok(None) };
+        let value = Value { values: std::slice::from_ref(first), ..self.0 };
+        self.0.values = rest;
+        seed.deserialize(value).map(Some).map_err(|error| value.explain(error))
     }
 }
 

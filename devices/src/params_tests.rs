@@ -29,6 +29,8 @@ struct Sample {
     #[serde(default)]
     cache: Cache,
     size: Option<ByteSize>,
+    #[serde(default)]
+    port: Vec<u16>,
 }
 
 fn read(text: &str) -> Result<Sample, ParamError> {
@@ -41,7 +43,7 @@ fn sentence(text: &str) -> String {
 
 #[test]
 fn types_decide_what_a_value_means() {
-    let all = "path=/a,ro=on,id=x=y,queues=255,shift=-3,ratio=0.5,cache=none,size=2M";
+    let all = "path=/a,ro=on,id=x=y,queues=255,shift=-3,ratio=0.5,cache=none,size=2M,port=1,port=2";
     let want = Sample {
         path: "/a".into(),
         ro: true,
@@ -51,6 +53,7 @@ fn types_decide_what_a_value_means() {
         ratio: Some(0.5),
         cache: Cache::None,
         size: Some(ByteSize(2 << 20)),
+        port: vec![1, 2],
     };
     assert_eq!(read(all), Ok(want));
 }
@@ -83,7 +86,7 @@ fn mistakes_are_sentences() {
     for (text, want) in [
         ("", "'path' is missing; add path=VALUE"),
         ("ro=on", "'path' is missing; add path=VALUE"),
-        ("a,rw", "unknown key 'rw'; the keys are path, ro, id, queues, shift, ratio, cache, size"),
+        ("a,rw", "unknown key 'rw'; the keys are path, ro, id, queues, shift, ratio, cache, size, port"),
         ("a,", "there is nothing before or after one of the commas; write ',,' for a comma within a value"),
         ("a,ro,ro=off", "the key 'ro' is given twice; give it once"),
         ("a,ro=maybe", "ro=maybe: expected on, off, true or false"),
@@ -95,6 +98,9 @@ fn mistakes_are_sentences() {
             "a,size=1X",
             "size=1X: '1X' is not a size; write a number of bytes, or one with K, M, G or T, such as 256M",
         ),
+        ("a,port=1,port=x", "port=x: expected a number from 0 to 65535"),
+        ("a,port=1,port", "'port' needs a value; write port=VALUE"),
+        ("a,id=1,ro,id=2", "the key 'id' is given twice; give it once"),
         ("a,size", "'size' needs a value; write size=VALUE"),
     ] {
         assert_eq!(sentence(text), want, "{text}");
@@ -118,7 +124,7 @@ proptest! {
     }
 
     #[test]
-    fn near_misses_do_not_panic(text in "(path|ro|id|queues|cache|size|,|=|[0-9]|-|on|none|M){0,12}") {
+    fn near_misses_do_not_panic(text in "(path|ro|id|port|queues|cache|size|,|=|[0-9]|-|on|none|M){0,12}") {
         _ = read(&text);
     }
 

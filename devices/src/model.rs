@@ -167,6 +167,12 @@ pub trait VirtioDevice: Send {
     /// Finishes all requests in flight before it returns.
     fn drain(&mut self, _queues: &mut Queues<'_>) {}
 
+    /// What a Linux guest is to be told on its command line about this device, the `nth` (from 0) of its kind, that
+    /// only the open device knows; see also [`DeviceKind::kernel_parameters`].
+    fn kernel_parameters(&self, _nth: usize) -> Option<String> {
+        None
+    }
+
     /// Forgets all that the driver did. Requests in flight are finished or dropped before this returns.
     fn reset(&mut self);
 }

@@ -75,7 +75,7 @@ const DIRECTORIES: &[(&str, u32)] = &[
 ];
 
 /// Raised when the code below makes another image of the same parts.
-const LAYOUT: &[u8] = b"1";
+const LAYOUT: &[u8] = b"2";
 const IMAGE_SIZE: u64 = 128 << 20;
 
 /// The demo image's path in the cache, built first when it is not there. Guests must not write to it: give them
@@ -148,6 +148,9 @@ fn plant(tree: &Path, busybox: &Path) -> Result<(), RootfsError> {
     for (path, mode, content) in FILES {
         write(path, *mode, content.as_bytes())?;
     }
+    // Name servers are what the kernel was told, on its command line or by DHCP.
+    let names = tree.join("etc/resolv.conf");
+    symlink("/proc/net/pnp", &names).map_err(|source| file_error(&names, source))?;
     write("bin/busybox", 0o755, &read(busybox)?)?;
     write("sbin/init", 0o755, crate::INIT)?;
     for applet in applets(busybox)? {

@@ -104,7 +104,7 @@ impl VmBuilder {
             Err(error) => return Err(error.into()),
         }
         // All at once, as in a machine: a disk that is there twice cannot be locked twice.
-        let _devices = open_devices(config)?;
+        let devices = open_devices(config)?;
         let ram = GuestRam::new(config.memory.0, config.backing())?;
         let kernel = config.kernel.as_deref();
         let kernel = kernel.map(|path| kernel::load(ram.memory(), path, config.boot_protocol)).transpose()?;
@@ -115,7 +115,8 @@ impl VmBuilder {
             (None, _) => {}
         }
         if let Some(kernel) = &kernel {
-            command_line(config, kernel, &Slots::new(config.transport, config.devices.len()))?;
+            let slots = Slots::new(config.transport, config.devices.len());
+            command_line(config, kernel, &slots, device_parameters(config, &devices))?;
         }
         Ok(())
     }
@@ -155,7 +156,7 @@ impl VmBuilder {
 
         let mut parts = Parts { vm, ram, control, inbox, buses: Buses::default() };
         let slots = Slots::new(config.transport, devices.len());
-        let cmdline = command_line(&config, &kernel, &slots)?;
+        let cmdline = command_line(&config, &kernel, &slots, device_parameters(&config, &devices))?;
         let access = PciAccess::of(&kernel, &slots, &cmdline);
         let (runners, units) = parts.add_virtio(&config, devices, &slots, access)?;
         parts.describe(&config, &kernel, initrd, &slots, &cmdline)?;
@@ -417,7 +418,13 @@ impl PciAccess {
 }
 
 /// The kernel command line of a machine with its devices in these places.
-fn command_line(config: &VmConfig, kernel: &Kernel, slots: &Slots) -> Result<String, ConfigError> {
+/// `devices`: what they say about themselves.
+fn command_line(
+    config: &VmConfig,
+    kernel: &Kernel,
+    slots: &Slots,
+    devices: Vec<String>,
+) -> Result<String, ConfigError> {
     let device = |slot: &MmioSlot| format!("virtio_mmio.device={}@{:#x}:{}", slot.len, slot.addr, slot.irq);
     let machine: Vec<String> = match slots {
         // Some 230 port accesses in search of quirky chipsets, for a bus with nothing on it.
@@ -425,7 +432,16 @@ fn command_line(config: &VmConfig, kernel: &Kernel, slots: &Slots) -> Result<Str
         Slots::Mmio(slots) => slots.iter().map(device).collect(),
         Slots::Pci(_) => Vec::new(),
     };
-    config.kernel_command_line(&machine)
+    config.kernel_command_line(&[devices, machine].concat())
+}
+
+/// What the open `devices` of `config` want the guest's kernel to know.
+fn device_parameters(config: &VmConfig, devices: &[Box<dyn VirtioDevice>]) -> Vec<String> {
+    let nth = |i: usize| {
+        let kind = config.devices[i].kind();
+        config.devices[..i].iter().filter(|other| other.kind() == kind).count()
+    };
+    devices.iter().enumerate().filter_map(|(i, device)| device.kernel_parameters(nth(i))).collect()
 }
 
 /// What [`Parts::add_virtio`] makes.

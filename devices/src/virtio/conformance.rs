@@ -453,7 +453,7 @@ proptest! {
 
     #[test]
     fn random_rings_never_write_outside_their_buffers(
-        queues in prop::collection::vec(any_queue(), 3),
+        queues in prop::collection::vec(any_queue(), 6),
         all_features: bool,
     ) {
         every_kind(|kind, mut driver| {

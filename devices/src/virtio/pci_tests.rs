@@ -43,7 +43,7 @@ fn a_driver_finds_every_structure_by_its_capability() {
         let [offset, length] = [8, 12].map(|field| get(&driver, CONFIG + at + field, 4));
         match id {
             0x11 => {
-                assert_eq!(get(&driver, CONFIG + at + 2, 2), 2, "the last of three vectors");
+                assert_eq!(get(&driver, CONFIG + at + 2, 2), 5, "the last of six vectors");
                 assert_eq!(get(&driver, CONFIG + at + 4, 4), 0x4000);
                 assert_eq!(get(&driver, CONFIG + at + 8, 4), 0x5000);
             }
@@ -54,26 +54,26 @@ fn a_driver_finds_every_structure_by_its_capability() {
         }
         at = u64::from(get(&driver, CONFIG + at + 1, 1));
     }
-    let want = [(1, 0, 0x38), (2, 0x3000, 8), (3, 0x1000, 1), (4, 0x2000, 0x1000), (5, 0, 0)];
+    let want = [(1, 0, 0x38), (2, 0x3000, 20), (3, 0x1000, 1), (4, 0x2000, 0x1000), (5, 0, 0)];
     assert_eq!(found, want.map(|(kind, offset, length)| (9, kind, offset, length)));
     assert_eq!(get(&driver, CONFIG + 0x10, 4), BAR);
-    assert_eq!(get(&driver, 0x12, 2), 2, "num_queues");
+    assert_eq!(get(&driver, 0x12, 2), 5, "num_queues");
 }
 
 #[test]
 fn vectors_that_do_not_exist_read_back_as_none() {
     let mut driver = driver("net");
     driver.start(0);
-    for (vector, want) in [(0, 0), (2, 2), (3, 0xffff), (0x7ff, 0xffff), (0xffff, 0xffff), (1, 1)] {
+    for (vector, want) in [(0, 0), (5, 5), (6, 0xffff), (0x7ff, 0xffff), (0xffff, 0xffff), (1, 1)] {
         set(&driver, 0x10, 2, vector);
         assert_eq!(get(&driver, 0x10, 2), want);
-        for queue in 0..2 {
+        for queue in 0..5 {
             set(&driver, 0x16, 2, queue);
             set(&driver, 0x1a, 2, vector);
             assert_eq!(get(&driver, 0x1a, 2), want);
         }
     }
-    for queue in [2, 3, 0xffff] {
+    for queue in [5, 6, 0xffff] {
         set(&driver, 0x16, 2, queue);
         set(&driver, 0x1a, 2, 0);
         assert_eq!((get(&driver, 0x1a, 2), get(&driver, 0x18, 2), get(&driver, 0x1e, 2)), (0xffff, 0, 0));

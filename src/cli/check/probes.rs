@@ -15,7 +15,7 @@ use super::report::{Item, Report};
 pub fn all() -> Report {
     let mut items = kvm();
     items.push(acceleration());
-    items.extend([huge_pages(), tap(), io_uring(), cgroups()]);
+    items.extend([huge_pages(), tap(), passt(), io_uring(), cgroups()]);
     // Last, because it moves this process into a namespace of its own.
     items.push(user_namespaces());
     Report::new(items)
@@ -91,6 +91,15 @@ fn tap() -> Item {
             io::ErrorKind::PermissionDenied => "Needed for --net: make it readable and writable for you.",
             _ => "Needed for --net: modprobe tun",
         }]),
+    }
+}
+
+fn passt() -> Item {
+    let name = "passt";
+    match vmm_core::devices::virtio::net::passt::find() {
+        Some(place) => item(name, false, format!("{place}; --net user works without root")),
+        None => item(name, false, "not installed")
+            .missing(&["Needed for --net user: install the package passt (apt-get install passt)."]),
     }
 }
 

@@ -35,6 +35,7 @@ pub struct Guest<'a> {
     append: Vec<String>,
     command: Option<String>,
     arguments: Vec<String>,
+    prefix: Vec<String>,
     deadline: Duration,
 }
 
@@ -60,6 +61,7 @@ impl<'a> Guest<'a> {
             append: Vec::new(),
             command: None,
             arguments: Vec::new(),
+            prefix: Vec::new(),
             deadline: DEADLINE,
         }
     }
@@ -168,6 +170,17 @@ impl<'a> Guest<'a> {
         self
     }
 
+    /// A program that runs the VMM: its words come before the VMM's own.
+    pub fn through(mut self, words: &[&str]) -> Self {
+        self.prefix = words.iter().map(|&word| word.to_owned()).collect();
+        self
+    }
+
+    /// Runs the VMM as an ordinary account, with no capabilities in its network namespace.
+    pub fn unprivileged(self) -> Self {
+        self.through(&["unshare", "-U", "--map-user=1000", "--map-group=1000"])
+    }
+
     /// When to give up, on hardware; longer in the lab.
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
@@ -193,7 +206,8 @@ impl<'a> Guest<'a> {
         let kernel = self.kernel.at(&place);
         report::boots(&kernel.describe(), &place)?;
         let mut lent = Vec::new();
-        let mut program = Program::new(self.arguments(&kernel, &place, &mut lent)?);
+        let argv = [self.prefix.clone(), self.arguments(&kernel, &place, &mut lent)?].concat();
+        let mut program = Program::new(argv);
         if let Some(net) = self.within {
             program = net.within(&program);
         }

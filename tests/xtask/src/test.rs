@@ -38,7 +38,7 @@ const LAB_TESTS: &str = "binary(lab)";
 /// Tests that need hardware are in modules of this name; the harness insists.
 const HARDWARE_TESTS: &str = "test(/(^|::)hardware::/)";
 /// For the linker and for what tests use on this machine.
-const PACKAGES: [&str; 5] = ["gcc", "g++", "libc6-dev", "iproute2", "e2fsprogs"];
+const PACKAGES: [&str; 6] = ["gcc", "g++", "libc6-dev", "iproute2", "e2fsprogs", "passt"];
 
 impl Test {
     /// Runs what was asked for. The last line has the totals.

@@ -22,6 +22,10 @@ pub enum MacError {
 }
 
 impl MacAddr {
+    /// One that may be used on any link of one's own.
+    #[cfg(test)]
+    pub(super) const LOCAL: Self = Self([2, 0, 0, 0, 0, 1]);
+
     /// The address that belongs to a name, locally administered. The same name has the same address in every
     /// run and on every host, so interfaces that meet on one network are to have names of their own.
     pub fn from_name(name: &str) -> Self {

@@ -1,37 +1,46 @@
-//! The network device (virtio 1.3 §5.1) on a tap interface of the host.
+//! The network device (virtio 1.3 §5.1): on queues of a tap interface of the host, or on a stream socket to passt.
 //!
-//! The tap speaks the device's own header, so frames go between it and guest memory without a copy, and
+//! A tap speaks the device's own header, so frames go between it and guest memory without a copy, and
 //! unfinished ones (no checksum, long TCP segments) stay unfinished as long as both sides agree to that.
 
+mod config;
+mod control;
 mod header;
+mod link;
 mod mac;
+pub mod passt;
+mod publish;
 mod rx;
+mod stream;
 mod tap;
 
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
 use super::buffers::Buffers;
 use super::config_space::ConfigSpace;
 use super::queue::{MAX_CHAIN, Queues};
-use crate::model::{Counters, DeviceKind, HostSource, MachineShape, OpenError, Progress, VirtioDevice};
+use crate::model::{Counters, HostSource, Progress, VirtioDevice};
+pub use config::{Config, TapChoice};
 use header::{HEADER_BYTES, Offloads};
+use link::{Link, Sent};
 pub use mac::{MacAddr, MacError};
+use passt::Passt;
+pub use publish::{Protocol, Publish, PublishError};
 use rx::Receiver;
-use tap::Tap;
 
-/// receiveq1.
-const RX: u16 = 0;
-/// transmitq1.
-const TX: u16 = 1;
+/// Descriptors of each queue.
+const QUEUE_SIZE: u16 = 256;
+/// Descriptors of the control queue.
+const CONTROL_SIZE: u16 = 64;
 
 /// Longest frame: the longest IPv4 or IPv6 packet that TSO makes, and its Ethernet header with a VLAN tag.
 const MAX_FRAME: usize = 65535 + 18;
@@ -39,6 +48,8 @@ const MAX_FRAME: usize = 65535 + 18;
 const MIN_FRAME: usize = 14;
 /// Bytes moved after which other devices get a turn.
 const MAX_PER_CALL: usize = 4 << 20;
+/// Where the source address is in a frame.
+const SOURCE: std::ops::Range<usize> = 6..12;
 
 /// Offloads that need a tap.
 const OFFLOAD_FEATURES: u64 = 1 << VIRTIO_NET_F_CSUM
@@ -48,136 +59,196 @@ const OFFLOAD_FEATURES: u64 = 1 << VIRTIO_NET_F_CSUM
     | 1 << VIRTIO_NET_F_HOST_TSO4
     | 1 << VIRTIO_NET_F_HOST_TSO6;
 
-/// Configuration of a network interface.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Config {
-    /// A tap interface of the host, which exists.
-    pub tap: String,
-    /// The guest's Ethernet address; left out: one that belongs to the names of tap and id.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mac: Option<MacAddr>,
-    /// A name of its own.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
+/// What a guest is told about its end of the link.
+#[derive(Clone, Copy, Debug)]
+struct Boot {
+    address: Ipv4Addr,
+    gateway: Ipv4Addr,
+    mask: Ipv4Addr,
+    dns: Option<Ipv4Addr>,
 }
 
-impl DeviceKind for Config {
-    const NAME: &'static str = "net";
-    const SYNTAX: &'static str = "tap=NAME[,mac=ADDRESS][,id=NAME]";
-    const HELP: &'static str = "A network interface, on a tap interface of the host";
+/// What a device is apart from its links.
+#[derive(Clone, Copy, Debug)]
+struct Setup {
+    mac: MacAddr,
+    mtu: Option<u16>,
+    /// Frames from other addresses than `mac` are dropped.
+    mac_check: bool,
+    boot: Option<Boot>,
+}
 
-    fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
-        let name = match &self.id {
-            Some(id) => format!("{}/{id}", self.tap),
-            None => self.tap.clone(),
-        };
-        let mac = self.mac.unwrap_or_else(|| MacAddr::from_name(&name));
-        Ok(Box::new(Net::new(Tap::open(&self.tap)?, mac)))
-    }
-
-    /// An interface whose frames come back to it: a socket that is connected to itself.
-    #[cfg(any(test, feature = "specimen"))]
-    fn specimen() -> Box<dyn VirtioDevice> {
-        use rustix::net::{AddressFamily, SocketAddrAny, SocketFlags, SocketType};
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket =
-            rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, flags, None).expect("socket");
-        // An address without a name lets the kernel choose one.
-        rustix::net::bind(&socket, &rustix::net::SocketAddrUnix::new_unnamed()).expect("bind");
-        let own: SocketAddrAny = rustix::net::getsockname(&socket).expect("own address");
-        rustix::net::connect(&socket, &own).expect("connect");
-        Box::new(Net::from_socket(socket, MacAddr::from_name("specimen")))
-    }
+/// A receive queue, a transmit queue, and what is at their other end.
+struct Pair {
+    link: Link,
+    receiver: Receiver,
+    /// The driver's frames wait until the link has room.
+    waits: bool,
 }
 
 /// The network device.
 pub struct Net {
-    tap: Tap,
-    receiver: Receiver,
+    pairs: Vec<Pair>,
+    setup: Setup,
+    queue_sizes: Vec<u16>,
+    /// The driver knows of all pairs (VIRTIO_NET_F_MQ).
+    multi_queue: bool,
     /// What the driver may send.
     offloads: Offloads,
+    /// The end of datagrams for which too little room was made.
+    spill: Box<[u8]>,
     config: Arc<ConfigSpace>,
     counters: Arc<Counters>,
+    /// The guest was told that its link is down.
+    down: bool,
+    /// Ends with the device.
+    _passt: Option<Passt>,
+}
+
+/// What a queue is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// receiveq of a pair.
+    Receive(usize),
+    /// transmitq of a pair.
+    Transmit(usize),
+    /// controlq.
+    Control,
 }
 
 impl Net {
-    fn new(tap: Tap, mac: MacAddr) -> Self {
-        let config = Arc::new(ConfigSpace::read_only(&config_bytes(mac)));
+    fn new(links: Vec<Link>, setup: Setup, passt: Option<Passt>) -> Self {
+        let pair = |link| Pair { link, receiver: Receiver::new(), waits: false };
+        let pairs: Vec<_> = links.into_iter().map(pair).collect();
+        let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs.len()];
+        if pairs.len() > 1 {
+            queue_sizes.push(CONTROL_SIZE);
+        }
+        let config = Arc::new(ConfigSpace::read_only(&config_bytes(&setup, pairs.len() as u16)));
         Self {
-            tap,
-            receiver: Receiver::new(),
+            pairs,
+            setup,
+            queue_sizes,
+            multi_queue: false,
             offloads: Offloads::default(),
+            spill: vec![0; rx::MAX_DATAGRAM].into(),
             config,
             counters: Arc::default(),
+            down: false,
+            _passt: passt,
         }
     }
 
     /// An interface whose frames, behind a header of 12 bytes each, are the datagrams of a socket that does not
     /// wait. It offers no offloads.
     pub fn from_socket(socket: OwnedFd, mac: MacAddr) -> Self {
-        Self::new(Tap::from_socket(socket), mac)
+        let setup = Setup { mac, mtu: None, mac_check: false, boot: None };
+        Self::new(vec![Link::Tap(tap::Tap::from_socket(socket))], setup, None)
     }
 
-    fn transmit(&mut self, queues: &mut Queues<'_>) -> Progress {
-        let mut queue = queues.get(TX);
+    /// Virtio 1.3 §5.1.2: a driver without VIRTIO_NET_F_MQ knows of one pair, and the control queue is behind it.
+    fn role(&self, queue: u16) -> Role {
+        let pairs = if self.multi_queue { self.pairs.len() } else { 1 };
+        let pair = usize::from(queue / 2);
+        match queue % 2 {
+            _ if pair >= pairs => Role::Control,
+            0 => Role::Receive(pair),
+            _ => Role::Transmit(pair),
+        }
+    }
+
+    fn transmit(&mut self, queues: &mut Queues<'_>, pair: usize) -> Progress {
+        let mut queue = queues.get(2 * pair as u16 + 1);
         let mut moved = 0;
-        while moved < MAX_PER_CALL {
-            let Some(chain) = queue.pop() else {
-                return if queue.exhausted() { Progress::More } else { Progress::Done };
+        let progress = loop {
+            if moved >= MAX_PER_CALL {
+                break Progress::More;
+            }
+            let Some(mut chain) = queue.pop() else {
+                break if queue.exhausted() { Progress::More } else { Progress::Done };
             };
-            match self.send(chain.readable) {
+            match self.send(pair, std::mem::take(&mut chain.readable)) {
                 Sent::Frame(bytes) => {
+                    queue.charge(bytes);
                     moved += bytes;
                     Counters::add(&self.counters.requests, 1);
                     Counters::add(&self.counters.bytes_from_guest, bytes as u64);
                 }
-                Sent::Dropped => Counters::add(&self.counters.dropped, 1),
+                Sent::Dropped => {
+                    queue.charge(0);
+                    Counters::add(&self.counters.dropped, 1);
+                }
                 Sent::Mistake => queue.count_mistake(),
+                Sent::Busy => {
+                    self.pairs[pair].waits = true;
+                    queue.unpop(chain);
+                    break Progress::Done;
+                }
             }
             queue.push(chain.head, 0);
+        };
+        if self.pairs[pair].link.flush().is_err() {
+            Counters::add(&self.counters.host_errors, 1);
         }
-        Progress::More
+        progress
     }
 
-    /// Sends one frame. It is the host's now, or gone: nothing waits, as on any Ethernet.
-    fn send(&self, mut frame: Buffers<'_>) -> Sent {
-        let mut header = [0; HEADER_BYTES];
-        let complete = frame.read(&mut header) == HEADER_BYTES;
-        let len = frame.len();
-        // As many pieces as a system call takes, less one for the header.
-        if !complete || !(MIN_FRAME..=MAX_FRAME).contains(&len) || frame.pieces() >= MAX_CHAIN {
+    /// Sends one frame. It is the host's now, or gone: nothing waits, as on any Ethernet, unless the host says so.
+    fn send(&mut self, pair: usize, mut frame: Buffers<'_>) -> Sent {
+        // Copied and checked: the guest can change its own copy at any time.
+        let mut head = [0; HEADER_BYTES + MIN_FRAME];
+        let complete = frame.read(&mut head) == head.len();
+        let len = MIN_FRAME + frame.len();
+        // As many pieces as a system call takes, less one for the head.
+        if !complete || len > MAX_FRAME || frame.pieces() >= MAX_CHAIN {
             return Sent::Mistake;
         }
-        // Copied and checked: the guest can change its own copy at any time.
-        let Some(header) = header::check(header, len, self.offloads) else {
+        let Some((header, start)) = head.split_first_chunk_mut() else { return Sent::Mistake };
+        let Some(checked) = header::check(*header, len, self.offloads) else {
             return Sent::Mistake;
         };
-        match frame.write_datagram(&header, self.tap.fd()) {
-            Ok(_) if frame.is_empty() => Sent::Frame(len),
-            Ok(_) => Sent::Dropped,
-            Err(error) => {
-                if error.kind() != std::io::ErrorKind::WouldBlock {
-                    Counters::add(&self.counters.host_errors, 1);
-                }
-                Sent::Dropped
-            }
+        *header = checked;
+        if self.setup.mac_check && start[SOURCE] != self.setup.mac.bytes() {
+            return Sent::Dropped;
         }
+        self.pairs[pair].link.send(&head, &mut frame).unwrap_or_else(|_| {
+            Counters::add(&self.counters.host_errors, 1);
+            Sent::Dropped
+        })
     }
 
-    fn receive(&mut self, queues: &mut Queues<'_>) -> Progress {
-        self.receiver.receive(&self.tap, &mut queues.get(RX), &self.counters)
+    fn receive(&mut self, queues: &mut Queues<'_>, pair: usize) -> Progress {
+        let Pair { link, receiver, .. } = &mut self.pairs[pair];
+        let mut queue = queues.get(2 * pair as u16);
+        let progress = receiver.receive(link, &mut queue, &mut self.spill, &self.counters);
+        if link.is_down() && !std::mem::replace(&mut self.down, true) {
+            tracing::warn!("passt has ended, or no longer makes sense; the guest's network is down");
+            let status = STATUS_AT..STATUS_AT + 2;
+            self.config.update(|bytes| bytes[status].fill(0));
+        }
+        progress
     }
-}
 
-/// What became of a frame that the guest sent.
-enum Sent {
-    /// The host has it: so many bytes without the header.
-    Frame(usize),
-    /// The host could not take it.
-    Dropped,
-    /// It was no frame.
-    Mistake,
+    /// The link of `pair` may have room again.
+    fn go_on(&mut self, queues: &mut Queues<'_>, pair: usize) -> Progress {
+        let Pair { link, waits, .. } = &mut self.pairs[pair];
+        if link.is_behind() && link.flush().is_err() {
+            Counters::add(&self.counters.host_errors, 1);
+        }
+        if !std::mem::take(waits) {
+            return Progress::Done;
+        }
+        self.transmit(queues, pair)
+    }
+
+    fn control(&mut self, queues: &mut Queues<'_>, queue: u16) -> Progress {
+        let Self { pairs, counters, multi_queue, .. } = self;
+        let known = if *multi_queue { pairs.len() } else { 0 };
+        control::serve(&mut queues.get(queue), counters, |count| {
+            let count = usize::from(count);
+            count <= known && use_pairs(pairs, count)
+        })
+    }
 }
 
 impl VirtioDevice for Net {
@@ -186,12 +257,25 @@ impl VirtioDevice for Net {
     }
 
     fn features(&self) -> u64 {
-        let offloads = if self.tap.has_offloads() { OFFLOAD_FEATURES } else { 0 };
-        1 << VIRTIO_NET_F_MAC | 1 << VIRTIO_NET_F_STATUS | 1 << VIRTIO_NET_F_MRG_RXBUF | offloads
+        let bit = |on: bool, bit: u32| u64::from(on) << bit;
+        let many = self.pairs.len() > 1;
+        let by_link = match &self.pairs[0].link {
+            Link::Tap(tap) if tap.has_offloads() => OFFLOAD_FEATURES,
+            Link::Tap(_) => 0,
+            // What came through a socket of this host's was not damaged on its way.
+            Link::Stream(_) => 1 << VIRTIO_NET_F_GUEST_CSUM,
+        };
+        1 << VIRTIO_NET_F_MAC
+            | 1 << VIRTIO_NET_F_STATUS
+            | 1 << VIRTIO_NET_F_MRG_RXBUF
+            | bit(self.setup.mtu.is_some(), VIRTIO_NET_F_MTU)
+            | bit(many, VIRTIO_NET_F_MQ)
+            | bit(many, VIRTIO_NET_F_CTRL_VQ)
+            | by_link
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[256, 256]
+        &self.queue_sizes
     }
 
     fn config_space(&self) -> Arc<ConfigSpace> {
@@ -202,6 +286,18 @@ impl VirtioDevice for Net {
         self.counters.clone()
     }
 
+    fn kernel_parameters(&self, nth: usize) -> Option<String> {
+        let Boot { address, gateway, mask, dns } = self.setup.boot?;
+        let dns = dns.map(|dns| format!(":{dns}")).unwrap_or_default();
+        Some(format!("ip={address}::{gateway}:{mask}::eth{nth}:off{dns}"))
+    }
+
+    /// One for receiving, one for sending, one for commands. Asked before anything is negotiated.
+    fn lane(&self, queue: u16) -> usize {
+        let commands = usize::from(queue) == 2 * self.pairs.len();
+        if commands { 2 } else { usize::from(queue % 2) }
+    }
+
     fn activate(&mut self, features: u64) {
         let has = |bit: u32| features & 1 << bit != 0;
         let csum = has(VIRTIO_NET_F_CSUM);
@@ -210,10 +306,20 @@ impl VirtioDevice for Net {
             tso4: csum && has(VIRTIO_NET_F_HOST_TSO4),
             tso6: csum && has(VIRTIO_NET_F_HOST_TSO6),
         };
-        self.receiver.activate(has(VIRTIO_NET_F_MRG_RXBUF));
+        self.multi_queue = has(VIRTIO_NET_F_MQ) && has(VIRTIO_NET_F_CTRL_VQ);
+        // Until the driver says otherwise (virtio 1.3 §5.1.6.5.6).
+        if !use_pairs(&mut self.pairs, 1) {
+            Counters::add(&self.counters.host_errors, 1);
+        }
         let guest_csum = has(VIRTIO_NET_F_GUEST_CSUM);
         let (tso4, tso6) = (has(VIRTIO_NET_F_GUEST_TSO4), has(VIRTIO_NET_F_GUEST_TSO6));
-        if let Err(error) = self.tap.set_offload(guest_csum, tso4, tso6) {
+        for pair in &mut self.pairs {
+            pair.receiver.activate(has(VIRTIO_NET_F_MRG_RXBUF), guest_csum);
+        }
+        // All queues of an interface have the same offloads.
+        if let Link::Tap(tap) = &self.pairs[0].link
+            && let Err(error) = tap.set_offload(guest_csum, tso4, tso6)
+        {
             // Frames still arrive: the tap finishes them all.
             tracing::debug!(%error, "the tap does not take the negotiated offloads");
             Counters::add(&self.counters.host_errors, 1);
@@ -221,33 +327,59 @@ impl VirtioDevice for Net {
     }
 
     fn process(&mut self, queues: &mut Queues<'_>, queue: u16) -> Progress {
-        match queue {
-            TX => self.transmit(queues),
+        match self.role(queue) {
+            Role::Transmit(pair) => self.transmit(queues, pair),
             // New buffers matter only when a frame may be waiting for one.
-            RX if self.receiver.frames_wait() => self.receive(queues),
-            _ => Progress::Done,
+            Role::Receive(pair) if self.pairs[pair].receiver.frames_wait() => self.receive(queues, pair),
+            Role::Receive(_) => Progress::Done,
+            Role::Control => self.control(queues, queue),
         }
     }
 
     fn host_sources(&self) -> Vec<HostSource> {
-        vec![HostSource { fd: self.tap.fd().as_raw_fd(), token: 0, writable: false }]
+        let source = |(i, pair): (usize, &Pair)| HostSource {
+            fd: pair.link.fd().as_raw_fd(),
+            token: i as u32,
+            writable: matches!(pair.link, Link::Stream(_)),
+        };
+        self.pairs.iter().enumerate().map(source).collect()
     }
 
-    fn host_event(&mut self, queues: &mut Queues<'_>, _token: u32) -> Progress {
-        self.receive(queues)
+    fn host_event(&mut self, queues: &mut Queues<'_>, token: u32) -> Progress {
+        let pair = token as usize;
+        if !self.multi_queue && pair > 0 {
+            return Progress::Done;
+        }
+        let sent = self.go_on(queues, pair);
+        let received = self.receive(queues, pair);
+        if sent == Progress::More { sent } else { received }
     }
 
     fn reset(&mut self) {
         self.offloads = Offloads::default();
-        self.receiver.reset();
+        self.multi_queue = false;
+        self.pairs.iter_mut().for_each(|pair| pair.waits = false);
     }
 }
 
-/// struct virtio_net_config (virtio 1.3 §5.1.4) up to the field that we use last, status.
-fn config_bytes(mac: MacAddr) -> [u8; 8] {
-    let mut bytes = [0; 8];
-    bytes[..6].copy_from_slice(&mac.bytes());
-    bytes[6..].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+/// The driver uses the first `count` pairs: the host is to give frames to no others. Returns whether it took that.
+fn use_pairs(pairs: &mut [Pair], count: usize) -> bool {
+    pairs.iter_mut().enumerate().all(|(i, pair)| match &mut pair.link {
+        Link::Tap(tap) => tap.set_enabled(i < count).is_ok(),
+        Link::Stream(_) => true,
+    })
+}
+
+/// Offset of `status` in struct virtio_net_config.
+const STATUS_AT: usize = 6;
+
+/// struct virtio_net_config (virtio 1.3 §5.1.4): mac, status, max_virtqueue_pairs, mtu.
+fn config_bytes(setup: &Setup, pairs: u16) -> [u8; 12] {
+    let mut bytes = [0; 12];
+    bytes[..6].copy_from_slice(&setup.mac.bytes());
+    bytes[STATUS_AT..8].copy_from_slice(&(VIRTIO_NET_S_LINK_UP as u16).to_le_bytes());
+    bytes[8..10].copy_from_slice(&pairs.to_le_bytes());
+    bytes[10..].copy_from_slice(&setup.mtu.unwrap_or(0).to_le_bytes());
     bytes
 }
 

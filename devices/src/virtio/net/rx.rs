@@ -1,17 +1,19 @@
-//! The receiving half of the network device: from the tap into the buffers that the driver made available.
+//! The receiving half of a queue pair: from the host into the buffers that the driver made available.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
 
+use virtio_bindings::virtio_net::VIRTIO_NET_HDR_F_DATA_VALID;
+
 use super::header::{HEADER_BYTES, NUM_BUFFERS};
-use super::tap::Tap;
+use super::link::Link;
 use super::{MAX_FRAME, MAX_PER_CALL};
 use crate::model::{Counters, Progress};
 use crate::virtio::buffers::Buffers;
 use crate::virtio::queue::{Chain, MAX_CHAIN, VirtQueue};
 
-/// Longest datagram from a tap.
-const MAX_DATAGRAM: usize = HEADER_BYTES + MAX_FRAME;
+/// Longest datagram from the host.
+pub const MAX_DATAGRAM: usize = HEADER_BYTES + MAX_FRAME;
 
 /// What the receiving half remembers between calls.
 #[derive(Debug)]
@@ -23,8 +25,8 @@ pub struct Receiver {
     /// How long datagrams were lately. That much room is made for the next: a frame of 64 KiB goes straight into
     /// 40 buffers, and a ping does not pop 40 for nothing.
     expected: usize,
-    /// The end of a datagram that turned out longer than that.
-    spill: Box<[u8]>,
+    /// What is before a frame that comes without a virtio-net header.
+    header: [u8; HEADER_BYTES],
 }
 
 /// Chains that the device has popped for the frames to come.
@@ -72,18 +74,14 @@ impl<'m> Hand<'_, 'm> {
 impl Receiver {
     /// A receiver of a device that is not active.
     pub fn new() -> Self {
-        let spill = vec![0; MAX_DATAGRAM].into();
-        Self { mergeable: false, frames_wait: false, expected: 0, spill }
+        Self { mergeable: false, frames_wait: false, expected: 0, header: [0; HEADER_BYTES] }
     }
 
-    /// The device starts. Frames may have come before it.
-    pub fn activate(&mut self, mergeable: bool) {
-        (self.mergeable, self.frames_wait) = (mergeable, true);
-    }
-
-    /// The device stops.
-    pub fn reset(&mut self) {
-        (self.mergeable, self.frames_wait, self.expected) = (false, false, 0);
+    /// The device starts. Frames may have come before it. `trusted`: the driver need not check the checksums of frames
+    /// that come without a header (VIRTIO_NET_F_GUEST_CSUM).
+    pub fn activate(&mut self, mergeable: bool, trusted: bool) {
+        *self = Self { mergeable, frames_wait: true, ..Self::new() };
+        self.header[0] = if trusted { VIRTIO_NET_HDR_F_DATA_VALID as u8 } else { 0 };
     }
 
     /// Whether frames may be waiting that no event of the host will announce.
@@ -91,8 +89,15 @@ impl Receiver {
         self.frames_wait
     }
 
-    /// Moves frames until the tap is empty, buffers run out, or other devices are to get a turn.
-    pub fn receive(&mut self, tap: &Tap, queue: &mut VirtQueue<'_>, counters: &Counters) -> Progress {
+    /// Moves frames until no more come, buffers run out, or other devices are to get a turn. `spill` has room for
+    /// [`MAX_DATAGRAM`] bytes, for the end of datagrams that turn out longer than expected.
+    pub fn receive(
+        &mut self,
+        link: &mut Link,
+        queue: &mut VirtQueue<'_>,
+        spill: &mut [u8],
+        counters: &Counters,
+    ) -> Progress {
         self.frames_wait = true;
         let mut hand = Hand { queue, chains: VecDeque::new() };
         let mut moved = 0;
@@ -100,14 +105,26 @@ impl Receiver {
             if moved >= MAX_PER_CALL {
                 break Progress::More;
             }
+            match link.next_len() {
+                Ok(Some(len)) => self.expected = len,
+                Ok(None) => {}
+                Err(error) => {
+                    self.frames_wait = false;
+                    if error.kind() != ErrorKind::WouldBlock {
+                        Counters::add(&counters.host_errors, 1);
+                    }
+                    break Progress::Done;
+                }
+            }
             let Some(room) = hand.room(self.expected, self.mergeable) else {
                 break if hand.queue.exhausted() { Progress::More } else { Progress::Done };
             };
             if moved > 0 && hand.may_end_within_a_frame(self.mergeable) {
                 break Progress::More;
             }
-            match self.receive_one(tap, room, &mut hand) {
+            match self.receive_one(link, room, &mut hand, spill) {
                 Ok(Some(bytes)) => {
+                    hand.queue.charge(bytes);
                     moved += bytes;
                     Counters::add(&counters.requests, 1);
                     Counters::add(&counters.bytes_to_guest, bytes as u64);
@@ -135,18 +152,19 @@ impl Receiver {
     /// Moves one frame. Returns its length without the header, or `None` if it had to be dropped.
     fn receive_one<'m>(
         &mut self,
-        tap: &Tap,
+        link: &mut Link,
         mut room: Buffers<'m>,
         hand: &mut Hand<'_, 'm>,
+        spill: &mut [u8],
     ) -> Result<Option<usize>, ErrorKind> {
-        let datagram = room.read_datagram(tap.fd(), &mut self.spill).map_err(|error| error.kind())?;
+        let datagram = link.receive(&self.header, &mut room, spill).map_err(|error| error.kind())?;
         if datagram.len <= HEADER_BYTES {
             // Not from a tap: the socket that stands in for it is closed, or speaks something else.
             return Err(ErrorKind::UnexpectedEof);
         }
         self.expected = datagram.len.max(self.expected / 2);
         // How much of the chains in hand it takes; more are drawn for what did not fit.
-        let mut rest = &self.spill[datagram.left];
+        let mut rest = &spill[datagram.left];
         let mut covered: usize = datagram.len - rest.len();
         let mut used = 0;
         while covered > 0 || !rest.is_empty() {

@@ -8,10 +8,15 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::header::NUM_BUFFERS;
 use super::*;
+use crate::model::{DeviceKind, MachineShape};
 use crate::virtio::F_EVENT_IDX;
 use crate::virtio::queue::{QueueConfig, QueueCore};
 use crate::virtio::test_driver::{DATA, Desc, Driver, INDIRECT, Reply, Rings, WRITE, memory, rings};
 
+/// receiveq1.
+const RX: u16 = 0;
+/// transmitq1.
+const TX: u16 = 1;
 const MRG: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 
 /// A socket for a device, and the host's end of it.
@@ -126,9 +131,9 @@ fn a_frame_of_gigabytes_is_refused_without_reading_it() {
 #[test]
 fn a_frame_in_as_many_pieces_as_a_system_call_takes_is_not_cut_short() {
     let (mut driver, host) = driver(0);
-    // The header shares its descriptor with the frame's first bytes.
-    for (descriptors, sent) in [(1023u16, true), (1024, false), (1025, false)] {
-        let len = |i: u16| if i == 0 { 20 } else { 1 };
+    // The header shares its descriptor with the frame's first bytes, of which 14 are copied.
+    for (descriptors, after, sent) in [(1024u16, 0, true), (1024, 1, false), (1025, 0, false)] {
+        let len = |i: u16| if i == 0 { HEADER_BYTES as u32 + 14 + after } else { 1 };
         let next = |i: u16| u16::from(i + 1 < descriptors);
         let table: Vec<u8> = (0..descriptors)
             .flat_map(|i| Desc { addr: DATA + 0x8000, len: len(i), flags: next(i), next: i + 1 }.bytes())
@@ -138,7 +143,7 @@ fn a_frame_in_as_many_pieces_as_a_system_call_takes_is_not_cut_short() {
         driver.offer(TX, 0);
         driver.kick(TX);
         assert_eq!(driver.used(TX), [(0, 0)]);
-        let frame = usize::from(descriptors) - 1 + 20;
+        let frame = usize::from(descriptors) - 1 + HEADER_BYTES + 14 + after as usize;
         assert_eq!(recv(&host).map(|bytes| bytes.len()), sent.then_some(frame), "{descriptors} descriptors");
     }
     assert_eq!(counter(&driver.counters.guest_mistakes), 2);
@@ -241,9 +246,10 @@ fn a_call_that_has_few_chains_left_does_not_begin_a_frame_it_cannot_end() {
         mem.write_obj(i as u16, GuestAddress(driver + 4 + i * 2)).expect("memory");
     }
     let (socket, host) = pair();
-    let (tap, counters) = (Tap::from_socket(socket), Counters::default());
+    let (mut link, counters) = (Link::Tap(tap::Tap::from_socket(socket)), Counters::default());
+    let mut spill = vec![0; rx::MAX_DATAGRAM];
     let mut receiver = Receiver::new();
-    receiver.activate(true);
+    receiver.activate(true, false);
     send(&host, &datagram(1, 60));
     send(&host, &datagram(2, 60_000));
 
@@ -256,10 +262,10 @@ fn a_call_that_has_few_chains_left_does_not_begin_a_frame_it_cannot_end() {
     }
     // The driver is as quick as the device, so that buffers are not what is short.
     set_avail(256 + 240);
-    assert_eq!(receiver.receive(&tap, &mut queue, &counters), Progress::More);
+    assert_eq!(receiver.receive(&mut link, &mut queue, &mut spill, &counters), Progress::More);
     assert_eq!((counter(&counters.requests), counter(&counters.dropped)), (1, 0));
     let mut queues = Queues::lend(std::slice::from_mut(&mut core), &mem);
-    assert_eq!(receiver.receive(&tap, &mut queues.get(0), &counters), Progress::Done);
+    assert_eq!(receiver.receive(&mut link, &mut queues.get(0), &mut spill, &counters), Progress::Done);
     assert_eq!((counter(&counters.requests), counter(&counters.dropped)), (2, 0));
 }
 
@@ -430,10 +436,8 @@ fn a_flood_of_frames_takes_several_turns_and_all_arrive() {
 
 #[test]
 fn taps_that_cannot_be_opened_are_refused_in_one_sentence() {
-    let config = |tap: &str| Config { tap: tap.into(), mac: None, id: None };
-    let refusal = |tap: &str| {
-        config(tap).open(&crate::model::MachineShape { cpus: 1 }).err().expect("refused").to_string()
-    };
+    let refusal =
+        |tap: &str| Config::on_tap(tap).open(&MachineShape { cpus: 1 }).err().expect("refused").to_string();
     assert_eq!(
         refusal("vmm-no-such-tap"),
         "cannot open tap 'vmm-no-such-tap': no such interface; make it with: ip tuntap add vmm-no-such-tap mode tap"
@@ -442,4 +446,157 @@ fn taps_that_cannot_be_opened_are_refused_in_one_sentence() {
         assert!(refusal(name).ends_with("not the name of an interface; use at most 15 characters"), "{name}");
     }
     assert!(refusal("lo").starts_with("cannot open tap 'lo': "));
+}
+
+fn pairs(count: usize, setup: Setup) -> (Driver, Vec<OwnedFd>) {
+    let (devices, hosts): (Vec<_>, Vec<_>) = (0..count).map(|_| pair()).unzip();
+    let links = devices.into_iter().map(|fd| Link::Tap(tap::Tap::from_socket(fd))).collect();
+    (Driver::new(Box::new(Net::new(links, setup, None))), hosts)
+}
+
+const SETUP: Setup = Setup { mac: MacAddr::LOCAL, mtu: None, mac_check: false, boot: None };
+
+#[test]
+fn every_pair_has_a_link_of_its_own() {
+    let (mut driver, hosts) = pairs(3, SETUP);
+    driver.start(driver.offered());
+    assert_eq!(driver.queue_count(), 7);
+    assert_eq!(driver.request(6, &[&[4, 0, 3, 0]], &[1]).data, [[0]], "three pairs");
+    for (i, host) in (0u8..).zip(&hosts) {
+        let queue = 2 * u16::from(i);
+        driver.request(queue + 1, &[&datagram(i, 100)], &[]);
+        assert_eq!(recv(host), Some(datagram(i, 100)));
+        send(host, &datagram(0x80 + i, 200));
+        driver.post(queue, &[], &[512]);
+    }
+    driver.host_events();
+    for queue in [0, 2, 4] {
+        assert_eq!(driver.used(queue).len(), 1, "queue {queue}");
+    }
+}
+
+#[test]
+fn a_driver_without_multi_queue_has_one_pair_and_the_control_queue_behind_it() {
+    let (mut driver, hosts) = pairs(2, SETUP);
+    driver.start(1 << VIRTIO_NET_F_CTRL_VQ);
+    assert_eq!(driver.request(2, &[&[4, 0, 1, 0]], &[1]).data, [[1]], "not negotiated");
+    send(&hosts[1], &datagram(1, 100));
+    driver.post(3, &[], &[512]);
+    driver.host_events();
+    assert_eq!(driver.used(3), []);
+}
+
+#[test]
+fn commands_that_make_no_sense_are_refused() {
+    let (mut driver, _hosts) = pairs(2, SETUP);
+    driver.start(driver.offered());
+    let control = 4;
+    let bad: &[&[u8]] = &[
+        &[],
+        &[4],
+        &[4, 0],
+        &[4, 0, 1],
+        &[4, 0, 0, 0],
+        &[4, 0, 3, 0],
+        &[4, 0, 0xff, 0xff],
+        &[4, 0, 1, 0x80],
+        &[4, 0, 1, 0, 0],
+        &[4, 1, 1, 0],
+        &[0, 0, 1],
+        &[1, 1, 2, 2, 2, 2, 2, 2],
+        &[2, 0, 1, 0],
+        &[5, 0, 0, 0],
+        &[0xff; 4],
+        &[0xff; 5000],
+    ];
+    for (i, command) in bad.iter().enumerate() {
+        let reply = driver.request(control, &[command], &[1, 8]);
+        assert_eq!(reply, Reply { used: Some(1), data: vec![vec![1], vec![0xa5; 8]] }, "{i}");
+        assert_eq!(counter(&driver.counters.guest_mistakes), i as u64 + 1);
+    }
+    assert_eq!(driver.request(control, &[&[4, 0, 2, 0]], &[]).used, Some(0), "no room for an answer");
+    for split in 0..4 {
+        let command = [4, 0, 2, 0];
+        let reply = driver.request(control, &[&command[..split], &command[split..]], &[1]);
+        assert_eq!(reply, Reply { used: Some(1), data: vec![vec![0]] });
+    }
+    assert_eq!(driver.status(), 15);
+}
+
+#[test]
+fn frames_from_foreign_addresses_are_dropped_if_asked_for() {
+    for mac_check in [false, true] {
+        let setup = Setup { mac_check, ..SETUP };
+        let (mut driver, hosts) = pairs(1, setup);
+        driver.start(0);
+        let own = SETUP.mac.bytes();
+        for at in (0..6).map(Some).chain([None]) {
+            let mut sent = datagram(1, 100);
+            sent[HEADER_BYTES + 6..][..6].copy_from_slice(&own);
+            if let Some(at) = at {
+                sent[HEADER_BYTES + 6 + at] ^= 1;
+            }
+            for split in [0, 12, 18, 20] {
+                driver.request(TX, &[&sent[..split], &sent[split..]], &[]);
+                let want = (!mac_check || at.is_none()).then(|| sent.clone());
+                assert_eq!(recv(&hosts[0]), want, "byte {at:?}, check {mac_check}");
+            }
+        }
+        assert_eq!(counter(&driver.counters.dropped), if mac_check { 24 } else { 0 });
+    }
+}
+
+#[test]
+fn the_configuration_has_mtu_and_pairs() {
+    let (driver, _hosts) = pairs(2, Setup { mtu: Some(9000), ..SETUP });
+    let mut bytes = [0; 4];
+    crate::model::BusDevice::read(&driver.transport, 0x108, &mut bytes);
+    assert_eq!(bytes, [2, 0, 0x28, 0x23]);
+    let offered = driver.offered();
+    for bit in [VIRTIO_NET_F_MTU, VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ] {
+        assert_ne!(offered & 1 << bit, 0, "feature {bit}");
+    }
+}
+
+#[test]
+fn what_does_not_belong_together_is_refused_in_one_sentence() {
+    let refusal = |text: &str| {
+        let config: Config = crate::params::from_str(text, None).expect(text);
+        config.open(&MachineShape { cpus: 1 }).err().expect(text).to_string()
+    };
+    let one = "net: give one of user, tap, tap=NAME and fd=NUMBER";
+    for (text, want) in [
+        ("", one),
+        ("user,tap", one),
+        ("user,fd=3", one),
+        ("tap=a,fd=3", one),
+        ("tap=a,publish=1:1", "net: publish works with user; leave it out, or forward the port on the host"),
+        ("user,mtu=67", "net: mtu=67: give 68 to 65520"),
+        ("user,queues=2", "net: user has one queue pair; leave queues out"),
+        ("tap,queues=0", "net: 0 queue pairs are not possible; give queues=1 to 16"),
+        ("tap=a,queues=17", "net: 17 queue pairs are not possible; give queues=1 to 16"),
+        ("fd=3,queues=2", "net: queues=2: give 2 times fd=NUMBER"),
+    ] {
+        assert_eq!(refusal(text), want, "{text}");
+    }
+    for fd in ["-1", "1023", "2147483647"] {
+        let sentence = refusal(&format!("fd={fd}"));
+        assert!(sentence.starts_with(&format!("net: fd={fd}: no open tap interface; ")), "{sentence}");
+    }
+}
+
+#[test]
+fn a_flag_and_json_say_the_same() {
+    for (flag, json) in [
+        ("user,publish=8080:80,publish=53:53/udp", r#"{"user":true,"publish":["8080:80","53:53/udp"]}"#),
+        ("tap", r#"{"tap":true}"#),
+        ("tap=tap0,mac_check,mtu=9000", r#"{"tap":"tap0","mac_check":true,"mtu":9000}"#),
+        ("fd=5,fd=6,queues=2", r#"{"fd":[5,6],"queues":2}"#),
+        ("user,rx_bandwidth=1M/1s", r#"{"user":true,"rx_bandwidth":"1M/1s"}"#),
+    ] {
+        let config: Config = crate::params::from_str(flag, None).expect(flag);
+        assert_eq!(serde_json::to_string(&config).expect(flag), json);
+        assert_eq!(serde_json::from_str::<Config>(json).expect(json), config);
+    }
+    assert!(serde_json::from_str::<Config>(r#"{"tap":false}"#).is_err());
 }

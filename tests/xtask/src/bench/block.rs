@@ -87,9 +87,11 @@ impl Job {
 
     /// Runs it in a guest.
     fn in_guest(&self, options: &Options, machine: &mut Machine, disk: &str) -> Result<Vec<f64>> {
+        // The marks are put together by the shell that fio starts: fio's report repeats its options.
         let line = format!(
-            "fio {} --filename={disk} --direct=1 --output=/tmp/out --exec_prerun='echo @be''gin > /dev/console #' \
-             --exec_postrun='echo @en''d > /dev/console #'; cat /tmp/out",
+            "fio {} --filename={disk} --direct=1 --output=/tmp/out --eta=never \
+             --exec_prerun=\"echo @be''gin > /dev/console #\" \
+             --exec_postrun=\"echo @en''d > /dev/console #\"; cat /tmp/out",
             self.arguments(options, &options.engine)
         );
         let before = machine.interrupts()?;
@@ -206,8 +208,10 @@ fn subjects(options: &Options, file: &Path) -> Result<Vec<Subject>> {
              -drive file={file},format=raw,if=none,id=data,aio={aio} -device virtio-blk-device,drive=data -append"
         );
         let name = format!("QEMU {aio}");
-        let subject = qemu::microvm(&name, true, qemu::WITH_ACPI, &arguments)?
-            .arg("console=ttyS0 quiet reboot=t panic=-1 root=/dev/vda ro -- sh");
+        let subject = qemu::microvm(&name, true, qemu::WITHOUT_ACPI, &arguments)?.arg(format!(
+            "console=ttyS0 quiet reboot=t panic=-1 root=/dev/vda ro {} -- sh",
+            qemu::TWO_DEVICES
+        ));
         subjects.push(qemu::with_serial_on_stdout(subject));
     }
     Ok(subjects)

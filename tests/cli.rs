@@ -119,8 +119,8 @@ fn wrong_flags_are_told_with_what_would_be_right() {
     assert_mistake(&fixture.output(&format!("run --kernel k --{words}")), 2, &["33 words"]);
     let nets = " --net tap=t".repeat(18);
     assert_mistake(&fixture.output(&format!("run --kernel k{nets}")), 2, &["17 is the limit"]);
-    // With rng and this project's own root disk, which no file has to be made for to be counted.
-    let nets = " --net tap=t".repeat(16);
+    // With rng, balloon and this project's own root disk, which no file has to be made for to be counted.
+    let nets = " --net tap=t".repeat(15);
     for dry in ["", "--dry-run"] {
         let wants = ["18 devices are too many; 17 is the limit", "--no-rootfs"];
         assert_mistake(&fixture.output(&format!("run {dry} --kernel k{nets}")), 2, &wants);
@@ -262,7 +262,7 @@ fn a_dry_run_is_a_configuration_and_makes_nothing() {
     let before = names(fixture.dir.path());
     for arguments in [
         "",
-        "--no-rng",
+        "--no-rng --balloon size=8M,stats=5",
         "--kernel k --rootfs d,ro --cpus 4 --memory 1536M --initrd text --serial file=log",
         "--kernel k --cmdline console=ttyS0 --append quiet --boot-protocol pvh --serial null",
         "--kernel k --disk path=d,id=data --disk e,ro --rng -- sh -c true",

@@ -6,6 +6,8 @@ use harness::{Guest, Needs, Place};
 
 const MIB: u64 = 1 << 20;
 const RAM: u64 = 64 * MIB;
+/// Only ends a hang.
+const DEADLINE: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// Boots a guest of 64 MiB with these options and looks at the VMM's mappings of its memory.
 fn memory_of(options: &[&str]) -> Result<Vec<Mapping>> {
@@ -97,6 +99,46 @@ fn huge_pages_come_from_the_hosts_reserve_or_the_guest_does_not_start() -> Resul
         let mappings = memory_of(options)?;
         let huge: u64 = mappings.iter().filter(|m| m.page == 2 * MIB).map(Mapping::size).sum();
         assert_eq!(huge, RAM, "{options:?}: {mappings:?}");
+    }
+    Ok(())
+}
+
+/// Bytes resident in a guest's RAM.
+fn resident(guest: &harness::Running<'_>, ram: u64) -> Result<u64> {
+    Ok(rss(smaps::ram(&guest.smaps()?, ram)?))
+}
+
+/// Looks until less than `limit` bytes of the guest's RAM are resident.
+fn falls_below(guest: &harness::Running<'_>, ram: u64, limit: u64) -> Result<()> {
+    let began = std::time::Instant::now();
+    loop {
+        let resident = resident(guest, ram)?;
+        if resident < limit {
+            return Ok(());
+        }
+        ensure!(began.elapsed() < DEADLINE, "{resident} bytes are still resident, and not less than {limit}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+}
+
+/// Fills 200 MiB of memory, says so, and lets go of them after a key.
+const FILL_AND_FREE: &str = "mkdir -p /tmp/m; mount -t tmpfs -o size=300m none /tmp/m; \
+    dd if=/dev/zero bs=1M count=200 2>/dev/null | tr '\\0' x > /tmp/m/data; echo filled; read x; \
+    rm /tmp/m/data; echo freed; read x";
+
+#[test]
+fn what_the_guest_frees_goes_back_to_the_host() -> Result<()> {
+    for options in [&[][..], &["--mem-shared"]] {
+        let guest = Guest::new().memory("512M").shell(FILL_AND_FREE);
+        let mut guest = options.iter().fold(guest, |guest, option| guest.arg(option)).start()?;
+        guest.expect("filled")?;
+        let full = resident(&guest, 512 * MIB)?;
+        assert!(full > 200 * MIB, "{full} bytes");
+        guest.send("\n")?;
+        guest.expect("freed")?;
+        falls_below(&guest, 512 * MIB, full - 180 * MIB)?;
+        guest.send("\n")?;
+        guest.wait()?.ok()?;
     }
     Ok(())
 }

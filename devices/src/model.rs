@@ -182,6 +182,17 @@ pub trait VirtioDevice: Send {
 pub struct MachineShape {
     /// Number of vCPUs.
     pub cpus: u8,
+    /// RAM in bytes.
+    pub memory: u64,
+    /// The RAM was taken or reserved on purpose, so it is not to be given back unasked.
+    pub memory_stays: bool,
+}
+
+impl Default for MachineShape {
+    /// One vCPU and 256 MiB.
+    fn default() -> Self {
+        Self { cpus: 1, memory: 256 << 20, memory_stays: false }
+    }
 }
 
 /// What a transport shows of a device, apart from the device itself.
@@ -226,6 +237,8 @@ pub struct Counters {
     pub guest_mistakes: AtomicU64,
     /// Times that requests had to wait for a limit.
     pub throttled: AtomicU64,
+    /// What only this kind of device has.
+    pub own: Option<Arc<dyn Facts>>,
 }
 
 impl Counters {
@@ -235,8 +248,9 @@ impl Counters {
     }
 
     /// All of them, by names that stay.
-    pub fn all(&self) -> [(&'static str, u64); 7] {
-        [
+    pub fn all(&self) -> Vec<(&'static str, u64)> {
+        let own = self.own.iter().flat_map(|own| own.facts());
+        let common = [
             ("requests", &self.requests),
             ("bytes_to_guest", &self.bytes_to_guest),
             ("bytes_from_guest", &self.bytes_from_guest),
@@ -245,8 +259,15 @@ impl Counters {
             ("guest_mistakes", &self.guest_mistakes),
             ("throttled", &self.throttled),
         ]
-        .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)))
+        .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)));
+        common.into_iter().chain(own).collect()
     }
+}
+
+/// What only one kind of device has to tell the operator, readable from any thread while it works.
+pub trait Facts: fmt::Debug + Send + Sync {
+    /// Names that stay, and their values now.
+    fn facts(&self) -> Vec<(&'static str, u64)>;
 }
 
 /// A device kind's configuration: plain data, and the way from data to a device.

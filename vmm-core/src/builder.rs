@@ -26,7 +26,7 @@ use crate::console::{self, ConsoleInput, ConsolePort, LimitedFile, OutputControl
 use crate::hypervisor::kvm::KvmHypervisor;
 use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
 use crate::machine::{Inbox, Machine, Milestone, Milestones};
-use crate::memory::{GuestRam, RamError};
+use crate::memory::{GuestRam, HugePages, RamError};
 use crate::runner::{Runner, RunnerError, UnitHandle};
 use crate::vcpu::Buses;
 use crate::vm::{Message, Vm};
@@ -185,7 +185,8 @@ impl VmBuilder {
 }
 
 fn open_devices(config: &VmConfig) -> Result<Vec<Box<dyn VirtioDevice>>, OpenError> {
-    let shape = MachineShape { cpus: config.cpus };
+    let memory_stays = config.mem_prealloc || config.hugepages == HugePages::Reserved;
+    let shape = MachineShape { cpus: config.cpus, memory: config.memory.0, memory_stays };
     config.devices.iter().map(|device| device.open(&shape)).collect()
 }
 

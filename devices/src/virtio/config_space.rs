@@ -32,6 +32,11 @@ impl ConfigSpace {
         data[..n].copy_from_slice(&bytes[start..start + n]);
     }
 
+    /// What of it the driver may write.
+    pub fn writable(&self) -> Range<usize> {
+        self.writable.clone()
+    }
+
     /// The driver writes `data` at `offset`. Returns whether all of it is writable; otherwise nothing changes.
     pub fn driver_write(&self, offset: u64, data: &[u8]) -> bool {
         let start = usize::try_from(offset).unwrap_or(usize::MAX);

@@ -1,5 +1,6 @@
 //! Virtio 1.3: queues, the register model that all transports share, transports, and one file per device.
 
+pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod config_space;
@@ -7,6 +8,7 @@ pub mod mmio;
 pub mod net;
 pub mod pci;
 pub mod queue;
+pub mod reclaim;
 pub mod registers;
 pub mod rng;
 pub mod transport;

@@ -218,14 +218,17 @@ mod tests {
     #[test]
     fn devices_come_in_the_order_of_their_flags() {
         let flags = ["--net", "tap=t", "--disk", "path=a", "--rng", "--net", "tap=u", "--disk", "b,ro"];
-        assert_eq!(devices(&machine(None, &flags).unwrap()), ["net", "disk a", "rng", "net", "disk b"]);
+        let want = ["net", "disk a", "rng", "net", "disk b", "balloon"];
+        assert_eq!(devices(&machine(None, &flags).unwrap()), want);
     }
 
     #[test]
     fn what_is_on_by_default_can_be_left_out() {
-        assert_eq!(devices(&machine(None, &[]).unwrap()), ["rng"]);
-        assert_eq!(devices(&machine(None, &["--rng"]).unwrap()), ["rng"]);
-        assert_eq!(devices(&machine(None, &["--no-rng"]).unwrap()), [""; 0]);
+        assert_eq!(devices(&machine(None, &[]).unwrap()), ["rng", "balloon"]);
+        assert_eq!(devices(&machine(None, &["--rng"]).unwrap()), ["rng", "balloon"]);
+        assert_eq!(devices(&machine(None, &["--balloon", "64M"]).unwrap()), ["balloon", "rng"]);
+        assert_eq!(devices(&machine(None, &["--no-rng"]).unwrap()), ["balloon"]);
+        assert_eq!(devices(&machine(None, &["--no-rng", "--no-balloon"]).unwrap()), [""; 0]);
         assert!(machine(None, &["--rng", "--no-rng"]).is_err());
         let with = r#"{"devices": [{"kind": "rng"}]}"#;
         assert_eq!(devices(&machine(Some(with), &["--no-rng"]).unwrap()), [""; 0]);

@@ -316,7 +316,9 @@ fn a_file_that_grew_and_another_file_are_taken_over_while_the_driver_runs() {
 fn there_is_a_queue_a_cpu_unless_the_operator_says_another_number() {
     let file = image();
     for (queues, cpus, want) in [(None, 1, 1), (None, 4, 4), (None, 32, 16), (Some(3), 1, 3)] {
-        let device = Config { queues, ..config(&file) }.open(&MachineShape { cpus }).expect("opens");
+        let device = Config { queues, ..config(&file) }
+            .open(&MachineShape { cpus, ..MachineShape::default() })
+            .expect("opens");
         let mut count = [0; 2];
         device.config_space().read(34, &mut count);
         assert_eq!((device.queue_sizes().len(), u16::from_le_bytes(count)), (want, want as u16));

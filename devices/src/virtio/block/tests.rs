@@ -13,7 +13,7 @@ use crate::model::MachineShape;
 use crate::virtio::test_driver::{DATA, Desc, Driver, INDIRECT, NEXT, Reply, WRITE};
 
 /// The machine around the disks.
-pub const ONE_CPU: MachineShape = MachineShape { cpus: 1 };
+pub const ONE_CPU: MachineShape = MachineShape { cpus: 1, memory: 256 << 20, memory_stays: false };
 const IN: u32 = 0;
 const OUT: u32 = 1;
 const FLUSH: u32 = 4;

@@ -437,7 +437,7 @@ fn a_flood_of_frames_takes_several_turns_and_all_arrive() {
 #[test]
 fn taps_that_cannot_be_opened_are_refused_in_one_sentence() {
     let refusal =
-        |tap: &str| Config::on_tap(tap).open(&MachineShape { cpus: 1 }).err().expect("refused").to_string();
+        |tap: &str| Config::on_tap(tap).open(&MachineShape::default()).err().expect("refused").to_string();
     assert_eq!(
         refusal("vmm-no-such-tap"),
         "cannot open tap 'vmm-no-such-tap': no such interface; make it with: ip tuntap add vmm-no-such-tap mode tap"
@@ -562,7 +562,7 @@ fn the_configuration_has_mtu_and_pairs() {
 fn what_does_not_belong_together_is_refused_in_one_sentence() {
     let refusal = |text: &str| {
         let config: Config = crate::params::from_str(text, None).expect(text);
-        config.open(&MachineShape { cpus: 1 }).err().expect(text).to_string()
+        config.open(&MachineShape::default()).err().expect(text).to_string()
     };
     let one = "net: give one of user, tap, tap=NAME and fd=NUMBER";
     for (text, want) in [

@@ -538,7 +538,7 @@ fn paths_and_cids_that_cannot_be_are_refused_in_one_sentence() {
     for cid in [0, 1, 2, u32::MAX] {
         let config = Config { path: dir.path().join("v"), cid, bandwidth: None, ops: None };
         assert!(
-            config.open(&MachineShape { cpus: 1 }).err().unwrap().to_string().contains("reserved"),
+            config.open(&MachineShape::default()).err().unwrap().to_string().contains("reserved"),
             "{cid}"
         );
     }

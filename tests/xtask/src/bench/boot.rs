@@ -20,7 +20,9 @@ pub fn run(runs: usize) -> Result<Table> {
     let disk = harness::demo_image()?.display().to_string();
     let vmm = binaries::release()?.display().to_string();
     let ours = |name: &str, more: &str| {
-        let arguments = format!("run --memory 128M -q --kernel {kernel} --rootfs {disk},ro --cmdline {more}");
+        let arguments = format!(
+            "run --memory 128M -q --no-balloon --kernel {kernel} --rootfs {disk},ro --cmdline {more}"
+        );
         Subject::new(name, &vmm, arguments.trim_end()).arg(COMMAND_LINE.join(" "))
     };
     let drive = format!(

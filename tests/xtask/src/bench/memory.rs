@@ -70,7 +70,8 @@ pub fn run(runs: usize) -> Result<Table> {
     let kernel = Kernel::ours(acceleration).file()?.display().to_string();
     let disk = harness::demo_image()?.display().to_string();
     let vmm = binaries::release()?;
-    let arguments = format!("run --memory 128M -q --kernel {kernel} --rootfs {disk},ro --cmdline");
+    let arguments =
+        format!("run --memory 128M -q --no-balloon --kernel {kernel} --rootfs {disk},ro --cmdline");
     let ours = Subject::new("vmm", &vmm.display().to_string(), &arguments).arg(COMMAND_LINE.join(" "));
     let arguments = format!(
         "-kernel {kernel} -drive file={disk},format=raw,readonly=on,if=none,id=root -device \

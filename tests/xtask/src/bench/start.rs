@@ -31,7 +31,7 @@ pub fn run(runs: usize) -> Result<Table> {
         Subject::new(
             "vmm",
             &vmm,
-            &format!("run --memory 128M --no-rootfs --no-rng -q --kernel {}", kernel.display()),
+            &format!("run --memory 128M --no-rootfs --no-rng --no-balloon -q --kernel {}", kernel.display()),
         ),
         // The device ends QEMU with status 2 * value + 1.
         qemu::microvm(

@@ -93,7 +93,7 @@ fn wrong_flags_are_told_with_what_would_be_right() {
         ("run --boot-protocol bios", &["auto, linux, pvh"]),
         ("run --disk d,speed=9", &["unknown key 'speed'", "path, ro"]),
         ("run --disk ro", &["cannot open disk 'ro'"]),
-        ("run --net mac=02:00:00:00:00:01", &["'tap' is missing; add tap=VALUE"]),
+        ("run --net mac=02:00:00:00:00:01", &["give one of user, tap, tap=NAME and fd=NUMBER"]),
         ("run --net tap=t,mac=1", &["'1' is not a MAC address"]),
         ("run --vsock cid=5", &["'path' is missing; add path=VALUE"]),
         ("run --vsock s,cid=-1", &["cid=-1: expected a number from 0 to 4294967295"]),

@@ -21,7 +21,8 @@ const USER_MTU: u16 = 65520;
 
 /// Configuration of a network interface. Of `user`, `tap` and `fd`, one is given.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
+// Makes functions of the type's own, for the traits below.
+#[serde(deny_unknown_fields, remote = "Self")]
 pub struct Config {
     /// The host's network as an ordinary program has it, through passt; needs no root.
     #[serde(default, skip_serializing_if = "is_default")]
@@ -62,6 +63,21 @@ pub struct Config {
     /// A name of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+}
+
+impl Serialize for Config {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
+}
+
+/// Refuses what does not belong together, wherever it is written.
+impl<'de> Deserialize<'de> for Config {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let config = Self::deserialize(deserializer)?;
+        config.backend().map_err(de::Error::custom)?;
+        Ok(config)
+    }
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
@@ -119,10 +135,6 @@ enum Backend<'a> {
     Inherited(&'a [RawFd]),
 }
 
-fn value(problem: String) -> OpenError {
-    OpenError::Value { kind: Config::NAME, problem }
-}
-
 impl Config {
     /// An interface on the tap `name`, with nothing else chosen.
     pub fn on_tap(name: &str) -> Self {
@@ -130,36 +142,34 @@ impl Config {
     }
 
     /// Checks what belongs together, and says what is at the other end, and of how many queue pairs.
-    fn backend(&self) -> Result<(Backend<'_>, usize), OpenError> {
+    fn backend(&self) -> Result<(Backend<'_>, usize), String> {
         let backend = match (self.user, &self.tap, &self.fd[..]) {
             (true, None, []) => Backend::User,
             (false, Some(TapChoice::New), []) => Backend::NewTap,
             (false, Some(TapChoice::Named(name)), []) => Backend::Tap(name),
             (false, None, fds @ [_, ..]) => Backend::Inherited(fds),
-            _ => return Err(value("give one of user, tap, tap=NAME and fd=NUMBER".into())),
+            _ => return Err("give one of user, tap, tap=NAME and fd=NUMBER".into()),
         };
         if !self.publish.is_empty() && !self.user {
-            return Err(value(
-                "publish works with user; leave it out, or forward the port on the host".into(),
-            ));
+            return Err("publish works with user; leave it out, or forward the port on the host".into());
         }
         if let Some(mtu) = self.mtu.filter(|mtu| !MTU.contains(mtu)) {
-            return Err(value(format!("mtu={mtu}: give {} to {}", MTU.start(), MTU.end())));
+            return Err(format!("mtu={mtu}: give {} to {}", MTU.start(), MTU.end()));
         }
         let pairs = match (&backend, self.queues) {
             (Backend::User, Some(2..)) => {
-                return Err(value("user has one queue pair; leave queues out".into()));
+                return Err("user has one queue pair; leave queues out".into());
             }
             (Backend::Inherited(fds), queues) => {
                 if queues.is_some_and(|queues| usize::from(queues) != fds.len()) {
-                    return Err(value(format!("queues={0}: give {0} times fd=NUMBER", queues.unwrap_or(1))));
+                    return Err(format!("queues={0}: give {0} times fd=NUMBER", queues.unwrap_or(1)));
                 }
                 fds.len()
             }
             (_, queues) => queues.unwrap_or(1).into(),
         };
         if !(1..=usize::from(MAX_PAIRS)).contains(&pairs) {
-            return Err(value(format!("{pairs} queue pairs are not possible; give queues=1 to {MAX_PAIRS}")));
+            return Err(format!("{pairs} queue pairs are not possible; give queues=1 to {MAX_PAIRS}"));
         }
         Ok((backend, pairs))
     }
@@ -183,7 +193,8 @@ impl DeviceKind for Config {
         "A network interface: through passt without root, on a tap, or on a new tap as root";
 
     fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
-        let (backend, pairs) = self.backend()?;
+        let value = |problem| OpenError::Value { kind: Self::NAME, problem };
+        let (backend, pairs) = self.backend().map_err(value)?;
         let links = |taps: Vec<tap::Tap>| taps.into_iter().map(Link::Tap).collect();
         let (links, mac, boot) = match backend {
             Backend::User => {

@@ -560,27 +560,25 @@ fn the_configuration_has_mtu_and_pairs() {
 
 #[test]
 fn what_does_not_belong_together_is_refused_in_one_sentence() {
-    let refusal = |text: &str| {
-        let config: Config = crate::params::from_str(text, None).expect(text);
-        config.open(&MachineShape::default()).err().expect(text).to_string()
-    };
-    let one = "net: give one of user, tap, tap=NAME and fd=NUMBER";
+    let refusal = |text: &str| crate::params::from_str::<Config>(text, None).expect_err(text).to_string();
+    let one = "give one of user, tap, tap=NAME and fd=NUMBER";
     for (text, want) in [
         ("", one),
         ("user,tap", one),
         ("user,fd=3", one),
         ("tap=a,fd=3", one),
-        ("tap=a,publish=1:1", "net: publish works with user; leave it out, or forward the port on the host"),
-        ("user,mtu=67", "net: mtu=67: give 68 to 65520"),
-        ("user,queues=2", "net: user has one queue pair; leave queues out"),
-        ("tap,queues=0", "net: 0 queue pairs are not possible; give queues=1 to 16"),
-        ("tap=a,queues=17", "net: 17 queue pairs are not possible; give queues=1 to 16"),
-        ("fd=3,queues=2", "net: queues=2: give 2 times fd=NUMBER"),
+        ("tap=a,publish=1:1", "publish works with user; leave it out, or forward the port on the host"),
+        ("user,mtu=67", "mtu=67: give 68 to 65520"),
+        ("user,queues=2", "user has one queue pair; leave queues out"),
+        ("tap,queues=0", "0 queue pairs are not possible; give queues=1 to 16"),
+        ("tap=a,queues=17", "17 queue pairs are not possible; give queues=1 to 16"),
+        ("fd=3,queues=2", "queues=2: give 2 times fd=NUMBER"),
     ] {
         assert_eq!(refusal(text), want, "{text}");
     }
     for fd in ["-1", "1023", "2147483647"] {
-        let sentence = refusal(&format!("fd={fd}"));
+        let config: Config = crate::params::from_str(&format!("fd={fd}"), None).expect(fd);
+        let sentence = config.open(&MachineShape::default()).err().expect(fd).to_string();
         assert!(sentence.starts_with(&format!("net: fd={fd}: no open tap interface; ")), "{sentence}");
     }
 }

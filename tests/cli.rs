@@ -337,8 +337,18 @@ fn bad_configuration_files_are_refused_with_the_place_and_the_keys() {
 #[test]
 fn help_completion_and_manual_pages_know_every_flag() {
     let fixture = Fixture::new();
-    let flags =
-        ["--kernel", "--rootfs", "--config", "--dry-run", "--disk", "--net", "--rng", "--no-rng", "--vsock"];
+    let flags = [
+        "--kernel",
+        "--rootfs",
+        "--config",
+        "--dry-run",
+        "--disk",
+        "--net",
+        "--rng",
+        "--no-rng",
+        "--vsock",
+        "--console",
+    ];
     for arguments in ["run --help", "help run", "completion bash", "man run"] {
         let text = fixture.prints(arguments).replace("\\-", "-");
         for flag in flags {

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::model::{DeviceKind, MachineShape, OpenError, UpdateError, VirtioDevice};
 use crate::params::{self, ParamError};
 use crate::throttle::{self, Limits};
-use crate::virtio::{balloon, block, net, rng, vsock};
+use crate::virtio::{balloon, block, console, net, rng, vsock};
 
 /// A device kind, as the command line needs to know it.
 pub struct Kind {
@@ -163,6 +163,7 @@ registry! {
     Rng => rng::Config,
     Vsock => vsock::Config,
     Balloon => balloon::Config,
+    Console => console::Config,
 }
 
 #[cfg(test)]

@@ -4,15 +4,18 @@ pub mod balloon;
 pub mod block;
 pub mod buffers;
 pub mod config_space;
+pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod pci;
+mod poller;
 pub mod queue;
 pub mod reclaim;
 pub mod registers;
 pub mod rng;
 pub mod transport;
 pub mod unit;
+mod unix_listener;
 pub mod vsock;
 
 #[cfg(any(test, feature = "specimen"))]

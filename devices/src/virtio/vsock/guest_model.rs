@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 
-use super::listener::Listener;
+use super::listener;
 use super::packet::{HEADER_BYTES, HOST_CID, Header, Op, STREAM};
 use super::{RX, TX, Vsock};
 use crate::throttle::Limits;
@@ -65,7 +65,7 @@ impl Guest {
 
     fn make(change: impl FnOnce(&mut Vsock), limits: &[Limits]) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let listener = Listener::bind(&dir.path().join("v")).expect("a listener");
+        let listener = listener::listen(&dir.path().join("v")).expect("a listener");
         let mut device = Vsock::new(listener, CID).expect("a device");
         change(&mut device);
         let mut driver = Driver::limited(Box::new(device), limits);

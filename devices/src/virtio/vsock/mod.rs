@@ -7,7 +7,6 @@
 mod connection;
 mod listener;
 mod packet;
-mod poller;
 mod table;
 
 use std::collections::VecDeque;
@@ -22,13 +21,14 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use super::buffers::Buffers;
 use super::config_space::ConfigSpace;
+use super::poller::{Poller, Ready};
 use super::queue::{Chain, Queues, VirtQueue};
+use super::unix_listener::{UnixListener, new_socket};
 use crate::model::{Counters, DeviceKind, HostSource, MachineShape, OpenError, Progress, VirtioDevice};
 use crate::throttle::{Limits, TokenBucket};
 use connection::{Broken, Phase};
-use listener::{Greeting, Listener};
+use listener::Greeting;
 use packet::{HEADER_BYTES, HOST_CID, Header, Op, Ports, STREAM};
-use poller::{Poller, Ready};
 use table::Table;
 
 /// Packets for the guest.
@@ -93,7 +93,7 @@ impl DeviceKind for Config {
             let problem = format!("cid {} is reserved; use one from 3 to {}", self.cid, u32::MAX - 1);
             return Err(OpenError::Value { kind: Self::NAME, problem });
         }
-        Ok(Box::new(Vsock::new(Listener::bind(&self.path)?, self.cid.into())?))
+        Ok(Box::new(Vsock::new(listener::listen(&self.path)?, self.cid.into())?))
     }
 
     fn limits(&self) -> Vec<Limits> {
@@ -103,14 +103,14 @@ impl DeviceKind for Config {
     /// A device that is its own host program: its guest's calls come in as calls from the host.
     #[cfg(any(test, feature = "specimen"))]
     fn specimen() -> Box<dyn VirtioDevice> {
-        Box::new(Vsock::new(Listener::specimen(), 3).expect("a poller"))
+        Box::new(Vsock::new(UnixListener::abstract_name(), 3).expect("a poller"))
     }
 }
 
 /// The socket device.
 pub struct Vsock {
     cid: u64,
-    listener: Listener,
+    listener: UnixListener,
     poller: Poller,
     table: Table,
     /// Resets of connections that are gone, or never were.
@@ -131,8 +131,8 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    fn new(listener: Listener, cid: u64) -> Result<Self, OpenError> {
-        let poller = Poller::new(listener.as_fd()).map_err(|errno| OpenError::Value {
+    fn new(listener: UnixListener, cid: u64) -> Result<Self, OpenError> {
+        let poller = Poller::new(Some(listener.as_fd())).map_err(|errno| OpenError::Value {
             kind: Config::NAME,
             problem: format!(
                 "no file descriptors to watch its sockets with ({errno}); raise the limit (ulimit -n)"
@@ -317,7 +317,7 @@ impl Vsock {
 
     /// The guest calls a program on the host.
     fn call(&mut self, header: &Header) {
-        let socket = listener::new_socket().ok();
+        let socket = new_socket().ok();
         let slot = socket.and_then(|socket| self.table.insert(socket, Phase::Calling, header.ports()));
         let Some(slot) = slot else {
             Counters::add(&self.counters.dropped, 1);
@@ -334,7 +334,7 @@ impl Vsock {
     fn try_call(&mut self, slot: usize) {
         let Some(connection) = self.table.get(slot) else { return };
         let now = Instant::now();
-        match self.listener.call(connection.socket(), connection.ports().host) {
+        match listener::call(&self.listener, connection.socket(), connection.ports().host) {
             Ok(()) if self.poller.add(connection.socket(), slot).is_ok() => {
                 connection.accept();
                 self.settle(slot);

@@ -178,10 +178,11 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::unix_listener::new_socket;
 
     fn filled(table: &mut Table) {
         for guest in 0..MAX_CONNECTIONS as u32 {
-            let socket = super::super::listener::new_socket().expect("a socket");
+            let socket = new_socket().expect("a socket");
             assert!(table.insert(socket, Phase::Calling, Ports { host: 1, guest }).is_some(), "{guest}");
         }
     }
@@ -191,7 +192,7 @@ mod tests {
         raise_file_limit();
         let mut table = Table::default();
         filled(&mut table);
-        let socket = || super::super::listener::new_socket().expect("a socket");
+        let socket = || new_socket().expect("a socket");
         let more = Ports { host: 2, guest: 2 };
         assert_eq!(table.insert(socket(), Phase::Calling, more), None);
         assert!(table.memory().1 <= POOL + MAX_CONNECTIONS * MIN_PROMISE);
@@ -212,7 +213,7 @@ mod tests {
     fn connections_that_come_and_go_do_not_fill_the_queue() {
         let mut table = Table::default();
         for guest in 0..1000 {
-            let socket = super::super::listener::new_socket().expect("a socket");
+            let socket = new_socket().expect("a socket");
             let slot = table.insert(socket, Phase::Calling, Ports { host: 1, guest }).expect("room");
             table.get(slot).expect("it is there").accept();
             table.queue(slot);

@@ -1,7 +1,7 @@
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixListener as StdListener, UnixStream};
 use std::path::Path;
 use std::time::Duration;
 
@@ -483,7 +483,7 @@ fn a_reset_forgets_everything_and_callers_from_before_the_driver_are_served() {
 #[test]
 fn a_machine_that_goes_on_elsewhere_tells_its_guest() {
     let dir = tempfile::tempdir().unwrap();
-    let mut device = Vsock::new(Listener::bind(&dir.path().join("v")).unwrap(), CID).unwrap();
+    let mut device = Vsock::new(listener::listen(&dir.path().join("v")).unwrap(), CID).unwrap();
     device.reset_transport();
     let mut driver = crate::virtio::test_driver::Driver::new(Box::new(device));
     driver.start(0);
@@ -494,15 +494,15 @@ fn a_machine_that_goes_on_elsewhere_tells_its_guest() {
 }
 
 fn refusal(path: &Path) -> String {
-    Listener::bind(path).map(|_| ()).expect_err("it is refused").to_string()
+    listener::listen(path).map(|_| ()).expect_err("it is refused").to_string()
 }
 
 #[test]
 fn a_stale_socket_is_replaced_and_nothing_else_is() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("v");
-    drop(UnixListener::bind(&path).unwrap());
-    let listener = Listener::bind(&path).unwrap();
+    drop(StdListener::bind(&path).unwrap());
+    let listener = listener::listen(&path).unwrap();
     assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     assert!(refusal(&path).contains("in use"));
     drop(listener);
@@ -514,13 +514,13 @@ fn a_stale_socket_is_replaced_and_nothing_else_is() {
     std::os::unix::fs::symlink(dir.path().join("nowhere"), &link).unwrap();
     assert!(refusal(&link).contains("no socket"));
     std::fs::remove_file(&link).unwrap();
-    drop(UnixListener::bind(dir.path().join("other")).unwrap());
+    drop(StdListener::bind(dir.path().join("other")).unwrap());
     std::os::unix::fs::symlink(dir.path().join("other"), &link).unwrap();
     assert!(refusal(&link).contains("no socket"));
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
 
     std::fs::remove_file(&path).unwrap();
-    let listener = Listener::bind(&path).unwrap();
+    let listener = listener::listen(&path).unwrap();
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, "somebody else's").unwrap();
     let inode = std::fs::metadata(&path).unwrap().ino();

@@ -40,6 +40,7 @@ fn run(arguments: &[&str]) -> Result<()> {
         ["refused", address] => refused(&address.parse()?),
         ["ping", address, count] => ping(&address.parse()?, count.parse()?),
         ["connects", address, count] => connects(&address.parse()?, count.parse()?),
+        ["pipe", address] => pipe(&address.parse()?),
         ["wait-for-end", address] => wait_for_end(&address.parse()?),
         _ => bail!("there is no such command: {}", arguments.join(" ")),
     }
@@ -299,4 +300,23 @@ fn wait_for_end(address: &Address) -> Result<()> {
     _ = stream.read(&mut [0]);
     println!("ended");
     Ok(())
+}
+
+/// Standard input to the connection, and what comes from there to standard output, until the connection ends.
+fn pipe(address: &Address) -> Result<()> {
+    let mut stream = address.connect()?;
+    let mut writer = stream.try_clone()?;
+    thread::spawn(move || {
+        // When input ends, the other direction goes on.
+        _ = std::io::copy(&mut std::io::stdin(), &mut writer);
+        writer.shutdown(Shutdown::Write)
+    });
+    let mut output = std::io::stdout();
+    let mut chunk = vec![0; CHUNK];
+    loop {
+        match stream.read(&mut chunk)? {
+            0 => return Ok(()),
+            n => output.write_all(&chunk[..n]).and_then(|()| output.flush())?,
+        }
+    }
 }

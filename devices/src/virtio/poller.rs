@@ -1,5 +1,5 @@
-//! The host descriptors of the device behind a single one: an epoll instance with the listener, a socket for each
-//! connection, a timer, and an event that the device signals to itself.
+//! The host descriptors of a device with many of them, behind a single one: an epoll instance with a listener, a
+//! descriptor for each connection, a timer, and an event that the device signals to itself.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -48,15 +48,16 @@ pub struct Poller {
 }
 
 impl Poller {
-    /// Watches `listener`, and nothing else yet. Everything is edge triggered.
-    pub fn new(listener: BorrowedFd<'_>) -> Result<Self> {
+    /// Watches `listener`, if there is one, and nothing else yet. Everything is edge triggered.
+    pub fn new(listener: Option<BorrowedFd<'_>>) -> Result<Self> {
         let epoll = epoll::create(CreateFlags::CLOEXEC)?;
         let timer = rustix::time::timerfd_create(
             TimerfdClockId::Monotonic,
             TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK,
         )?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        for (fd, data) in [(listener, LISTENER), (timer.as_fd(), TIMER), (wake.as_fd(), WAKE)] {
+        let own = [(timer.as_fd(), TIMER), (wake.as_fd(), WAKE)];
+        for (fd, data) in listener.map(|fd| (fd, LISTENER)).into_iter().chain(own) {
             epoll::add(&epoll, fd, EventData::new_u64(data), EventFlags::IN | EventFlags::ET)?;
         }
         Ok(Self { epoll, timer, wake, armed: None })

@@ -8,7 +8,6 @@ use virtio_bindings::virtio_net::{VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBU
 
 use super::super::{HEADER_BYTES, MAX_FRAME, MacAddr, Net, Setup};
 use super::*;
-use crate::model::BusDevice;
 use crate::virtio::test_driver::Driver;
 
 const RX: u16 = 0;
@@ -60,7 +59,7 @@ fn received(driver: &mut Driver, at: u64) -> Vec<u8> {
 
 fn link_is_up(driver: &Driver) -> bool {
     let mut status = [0; 2];
-    driver.transport.read(0x106, &mut status);
+    driver.read_config(6, &mut status);
     status == [1, 0]
 }
 

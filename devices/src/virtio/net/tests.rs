@@ -550,7 +550,7 @@ fn frames_from_foreign_addresses_are_dropped_if_asked_for() {
 fn the_configuration_has_mtu_and_pairs() {
     let (driver, _hosts) = pairs(2, Setup { mtu: Some(9000), ..SETUP });
     let mut bytes = [0; 4];
-    crate::model::BusDevice::read(&driver.transport, 0x108, &mut bytes);
+    driver.read_config(8, &mut bytes);
     assert_eq!(bytes, [2, 0, 0x28, 0x23]);
     let offered = driver.offered();
     for bit in [VIRTIO_NET_F_MTU, VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_VQ] {

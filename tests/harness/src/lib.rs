@@ -42,7 +42,7 @@ pub use kernel::Kernel;
 pub use net::NetNs;
 pub use place::{Acceleration, Needs, Place, local_kvm};
 pub use process::{Exit, Output, Process, Program, Signal};
-pub use tools::image as tools_image;
+pub use tools::{image as tools_image, netload};
 
 /// The project's demo root file system, an ext4 image: busybox and our init. Shared: mount it read-only.
 pub fn demo_image() -> Result<PathBuf> {

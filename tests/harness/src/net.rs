@@ -25,11 +25,17 @@ pub struct NetNs {
 impl NetNs {
     /// Makes a namespace at `place`.
     pub fn new(place: &Place) -> Result<Self> {
+        Self::with_queues(place, false)
+    }
+
+    /// Makes one whose tap has several queues if it is so.
+    pub fn with_queues(place: &Place, several: bool) -> Result<Self> {
         let rootless = matches!(place, Place::LocalHardware | Place::LocalRing3)
             && !rustix::process::geteuid().is_root();
         let unshare = if rootless { "unshare -r -n" } else { "unshare -n" };
+        let queues = if several { " multi_queue" } else { "" };
         let set_up = format!(
-            "ip link set lo up && ip tuntap add dev {TAP} mode tap && ip addr add {HOST_ADDRESS}/24 dev {TAP} && \
+            "ip link set lo up && ip tuntap add dev {TAP} mode tap{queues} && ip addr add {HOST_ADDRESS}/24 dev {TAP} && \
              ip link set {TAP} up && echo ready $$ && exec sleep 100000"
         );
         let mut holder = place

@@ -10,36 +10,23 @@ use clap::Args;
 use harness::{Kernel, binaries, command, local_kvm, packages, tools_image};
 use serde_json::Value;
 
+use super::load;
 use super::machine::Machine;
-use super::measure::{Subject, median_of};
+use super::measure::Subject;
 use super::qemu;
 use super::table::Table;
 use super::usage;
 
 /// How to measure disks.
 #[derive(Args)]
+// Both types have the same name, which clap gives to the group of their options.
+#[group(skip)]
 pub struct Options {
-    /// Boots of each machine; every job runs once in each, and medians are printed
-    #[arg(long, default_value_t = 5, value_name = "N")]
-    runs: usize,
-    /// Seconds for each job
-    #[arg(long, default_value_t = 3, value_name = "N")]
-    seconds: u32,
-    /// Only jobs whose name contains one of these
-    #[arg(long, value_name = "TEXT", value_delimiter = ',')]
-    jobs: Vec<String>,
-    /// Only machines whose name contains one of these
-    #[arg(long, value_name = "TEXT", value_delimiter = ',')]
-    machines: Vec<String>,
-    /// Measure vmm with each of these --transport too
-    #[arg(long, value_name = "NAME", value_delimiter = ',')]
-    transport: Vec<String>,
+    #[command(flatten)]
+    pub load: load::Options,
     /// Measure vmm with these options of --disk too, such as cache=none; repeat for more
     #[arg(long, value_name = "OPTIONS")]
     disk: Vec<String>,
-    /// Measure this binary of vmm too
-    #[arg(long, value_name = "PATH")]
-    against: Option<PathBuf>,
     /// Where the disk's file is made; by default where temporary files are
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -49,9 +36,6 @@ pub struct Options {
     /// fio's engine in the guest
     #[arg(long, default_value = "libaio", value_name = "NAME")]
     engine: String,
-    /// Also print the figures as JSON
-    #[arg(long)]
-    pub json: bool,
 }
 
 /// One load.
@@ -71,7 +55,7 @@ const JOBS: [Job; 6] = [
     Job { name: "128k-write-32", pattern: "write", block: "128k", depth: 32 },
 ];
 
-const COLUMNS: [&str; 5] = ["IOPS", "MiB/s", "p50 us", "p99 us", "irqs/IO"];
+const COLUMNS: [&str; 4] = ["IOPS", "MiB/s", "p50 us", "p99 us"];
 
 impl Job {
     /// fio's command line, but for the file.
@@ -81,7 +65,7 @@ impl Job {
             "--name={name} --rw={pattern} --bs={block} --iodepth={depth} --ioengine={engine} --time_based --thread \
              --runtime={} --invalidate=0 --randrepeat=0 --norandommap --lat_percentiles=1 --clat_percentiles=0 \
              --output-format=json",
-            options.seconds
+            options.load.seconds
         )
     }
 
@@ -94,14 +78,10 @@ impl Job {
              --exec_postrun=\"echo @en''d > /dev/console #\"; cat /tmp/out",
             self.arguments(options, &options.engine)
         );
-        let before = machine.interrupts()?;
         let window = machine.window(&line)?;
-        let interrupts = machine.interrupts()?.checked_sub(before).context("interrupts were counted back")?;
         let fio = parse(&window.output)?;
-        let requests = requests(&fio)?;
         let mut values = speeds(&fio, options)?;
-        values.push(interrupts as f64 / requests);
-        values.extend(window.usage.per(requests));
+        values.extend(window.per(requests(&fio)?));
         Ok(values)
     }
 
@@ -109,69 +89,44 @@ impl Job {
     fn on_host(&self, options: &Options, file: &Path) -> Result<Vec<f64>> {
         let mut fio = command::words(&format!("fio {}", self.arguments(options, "io_uring")));
         let fio = parse(&command::output(fio.arg("--filename").arg(file))?)?;
-        speeds(&fio, options)
+        let mut values = speeds(&fio, options)?;
+        // The host has no VMM.
+        values.resize(columns().len(), f64::NAN);
+        Ok(values)
     }
 }
 
 /// Measures.
 pub fn run(options: &Options) -> Result<Table> {
-    ensure!(options.runs > 0, "no runs, no figures; give --runs 1 or more");
     packages::ensure(&["fio"])?;
-    let jobs: Vec<&Job> = JOBS.iter().filter(|job| chosen(&options.jobs, job.name)).collect();
-    ensure!(!jobs.is_empty(), "there is no such job; there are {}", JOBS.map(|job| job.name).join(", "));
+    let load = &options.load;
+    let jobs = load.jobs(&JOBS, |job| job.name)?;
     let dir = match &options.dir {
         Some(dir) => tempfile::tempdir_in(dir)?,
         None => tempfile::tempdir()?,
     };
     let file = dir.path().join("disk.img");
     fill(&file, options.size)?;
-    let subjects: Vec<Subject> = subjects(options, &file)?
-        .into_iter()
-        .filter(|subject| chosen(&options.machines, &subject.name))
-        .collect();
-    let with_host = chosen(&options.machines, "host");
-    // One list of values a run, for each job of each machine.
-    let mut found = vec![vec![Vec::new(); jobs.len()]; subjects.len() + usize::from(with_host)];
-    for round in 0..options.runs {
-        eprintln!("round {} of {}", round + 1, options.runs);
-        for (subject, found) in subjects.iter().zip(&mut found) {
-            let mut machine = Machine::boot(subject, None)?;
-            let disk = writable_disk(&mut machine)?;
-            for (job, found) in jobs.iter().zip(found) {
-                let values = job.in_guest(options, &mut machine, &disk);
-                found.push(values.with_context(|| format!("{} on {}", job.name, subject.name))?);
-            }
-            machine.end()?;
-        }
-        if let Some(found) = found.get_mut(subjects.len()) {
-            for (job, found) in jobs.iter().zip(found) {
-                found.push(job.on_host(options, &file)?);
-            }
-        }
-    }
-    let columns: Vec<String> =
-        COLUMNS.iter().map(|&name| name.to_owned()).chain(usage::columns("IO")).collect();
+    let mut subjects = subjects(options, &file)?;
+    subjects.retain(|subject| load.has_machine(&subject.name));
     let mut table = Table::new(
         format!(
             "block: fio ({}, direct) in a guest of 1 vCPU, 512 MiB; {} MiB file in the page cache on {}; medians of {} runs of {} s",
             options.engine,
             options.size,
             file_system(dir.path())?,
-            options.runs,
-            options.seconds
+            load.runs,
+            load.seconds
         ),
-        &columns.iter().map(String::as_str).collect::<Vec<_>>(),
+        columns(),
     );
-    let names = subjects.iter().map(|subject| subject.name.as_str()).chain(["host"]);
-    let names: Vec<&str> = names.collect();
-    for (at, job) in jobs.iter().enumerate() {
-        for (name, found) in names.iter().zip(&found) {
-            let mut values = median_of(&found[at]);
-            // The host has no VMM.
-            values.resize(columns.len(), f64::NAN);
-            table.row(&format!("{}  {name}", job.name), &values);
-        }
-    }
+    let names: Vec<&str> = jobs.iter().map(|job| job.name).collect();
+    let machines = subjects.iter().map(|subject| subject.name.as_str());
+    let machines: Vec<&str> = machines.chain(load.has_machine("host").then_some("host")).collect();
+    load.measure(&mut table, &names, &machines, |at| match subjects.get(at) {
+        Some(subject) => guest_turn(options, &jobs, subject),
+        None => jobs.iter().map(|job| job.on_host(options, &file)).collect(),
+    })?;
     table.notes.push("us/IO: processor time of the VMM's own threads, and of the vCPU with the guest's work; the same as s per million I/Os".into());
     table.notes.push(usage::NOTE.into());
     table.notes.push(
@@ -180,39 +135,45 @@ pub fn run(options: &Options) -> Result<Table> {
     Ok(table)
 }
 
+/// All jobs in one boot of a machine.
+fn guest_turn(options: &Options, jobs: &[&Job], subject: &Subject) -> Result<Vec<Vec<f64>>> {
+    let mut machine = Machine::boot(subject, None)?;
+    let disk = writable_disk(&mut machine)?;
+    let values = jobs.iter().map(|job| {
+        let values = job.in_guest(options, &mut machine, &disk);
+        values.with_context(|| format!("{} on {}", job.name, subject.name))
+    });
+    let values = values.collect::<Result<_>>()?;
+    machine.end()?;
+    Ok(values)
+}
+
+fn columns() -> Vec<String> {
+    COLUMNS.iter().map(|&name| name.to_owned()).chain(usage::columns("IO")).collect()
+}
+
 /// The machines to compare.
 fn subjects(options: &Options, file: &Path) -> Result<Vec<Subject>> {
     let acceleration = local_kvm().context("there is no /dev/kvm here that we may use")?;
     let kernel = Kernel::ours(acceleration).file()?.display().to_string();
     let root = tools_image()?.display().to_string();
     let file = file.display();
-    let release = binaries::release()?;
-    let ours = |name: &str, vmm: &Path, disk: &str, more: &str| {
-        let arguments = format!(
+    let ours = |disk: &str, more: &str| {
+        format!(
             "run --memory 512M -q --kernel {kernel} --rootfs {root},ro --disk path={file}{disk} {more} -- sh"
-        );
-        Subject::new(name, &vmm.display().to_string(), &arguments)
+        )
     };
-    let mut subjects = vec![ours("vmm", &release, "", "")];
-    subjects.extend(options.against.iter().map(|other| ours("vmm (other binary)", other, "", "")));
-    let transport =
-        |name: &String| ours(&format!("vmm {name}"), &release, "", &format!("--transport {name}"));
-    subjects.extend(options.transport.iter().map(transport));
-    subjects.extend(
-        options.disk.iter().map(|more| ours(&format!("vmm {more}"), &release, &format!(",{more}"), "")),
-    );
+    let mut subjects = options.load.ours(|more| ours("", more))?;
+    let vmm = binaries::release()?.display().to_string();
+    let variant = |more: &String| Subject::new(&format!("vmm {more}"), &vmm, &ours(&format!(",{more}"), ""));
+    subjects.extend(options.disk.iter().map(variant));
     for aio in ["io_uring", "threads"] {
         let arguments = format!(
-            "-m 512 -name bench,debug-threads=on -kernel {kernel} \
+            "-m 512 -kernel {kernel} \
              -drive file={root},format=raw,readonly=on,if=none,id=root -device virtio-blk-device,drive=root \
-             -drive file={file},format=raw,if=none,id=data,aio={aio} -device virtio-blk-device,drive=data -append"
+             -drive file={file},format=raw,if=none,id=data,aio={aio} -device virtio-blk-device,drive=data"
         );
-        let name = format!("QEMU {aio}");
-        let subject = qemu::microvm(&name, true, qemu::WITHOUT_ACPI, &arguments)?.arg(format!(
-            "console=ttyS0 quiet reboot=t panic=-1 root=/dev/vda ro {} -- sh",
-            qemu::TWO_DEVICES
-        ));
-        subjects.push(qemu::with_serial_on_stdout(subject));
+        subjects.push(qemu::at_shell(&format!("QEMU {aio}"), &arguments)?);
     }
     Ok(subjects)
 }
@@ -250,14 +211,9 @@ fn requests(fio: &Value) -> Result<f64> {
 
 /// IOPS, MiB/s, and percentiles of latency in microseconds.
 fn speeds(fio: &Value, options: &Options) -> Result<Vec<f64>> {
-    requests(fio).with_context(|| format!("in {} s", options.seconds))?;
+    requests(fio).with_context(|| format!("in {} s", options.load.seconds))?;
     let latency = |percent: &str| both(fio, &format!("/lat_ns/percentile/{percent}.000000")) / 1e3;
     Ok(vec![both(fio, "/iops"), both(fio, "/bw_bytes") / 1_048_576.0, latency("50"), latency("99")])
-}
-
-/// Whether a name is one of those asked for; nothing asked for is everything.
-fn chosen(texts: &[String], name: &str) -> bool {
-    texts.is_empty() || texts.iter().any(|text| name.contains(text.as_str()))
 }
 
 /// Writes the whole file, so that there is no hole in it and all of it is in the page cache.

@@ -23,6 +23,16 @@ pub struct Window {
     pub output: String,
     /// What was used meanwhile.
     pub usage: Usage,
+    /// Interrupts of virtio devices that the guest has seen, those around the marks included.
+    pub interrupts: u64,
+}
+
+impl Window {
+    /// For each of `units`, the values of [`usage::columns`](super::usage::columns).
+    pub fn per(&self, units: f64) -> Vec<f64> {
+        let interrupts = self.interrupts as f64 / units;
+        [interrupts].into_iter().chain(self.usage.per(units)).collect()
+    }
 }
 
 impl Machine {
@@ -50,16 +60,21 @@ impl Machine {
 
     /// Runs a line of shell that prints `@begin` and `@end` around what is to be measured.
     pub fn window(&mut self, line: &str) -> Result<Window> {
+        let interrupts = self.interrupts()?;
         self.process.send(format!("{line}; echo @do''ne $?.\n"))?;
         self.process.expect("@begin", DEADLINE)?;
         let before = self.watched.usage()?;
         self.process.expect("@end", DEADLINE)?;
         let usage = self.watched.usage()?.since(&before);
-        Ok(Window { output: self.finish(line)?, usage })
+        let output = self.finish(line)?;
+        let after = self.interrupts()?;
+        let counted = || format!("interrupts were counted back, from {interrupts} to {after}");
+        let interrupts = after.checked_sub(interrupts).with_context(counted)?;
+        Ok(Window { output, usage, interrupts })
     }
 
     /// Interrupts of virtio devices that the guest has seen.
-    pub fn interrupts(&mut self) -> Result<u64> {
+    fn interrupts(&mut self) -> Result<u64> {
         let lines = self.shell("grep virtio /proc/interrupts || true")?;
         // `NUMBER: COUNT... CHIP NAME`, a count for each CPU.
         let counts = lines

@@ -82,7 +82,7 @@ pub fn run(runs: usize) -> Result<Table> {
     let theirs = qemu::with_serial_on_stdout(theirs).arg(format!("{before} {} {after}", qemu::TWO_DEVICES));
     let mut table = Table::new(
         format!("memory: resident besides 128 MiB of guest RAM, 1 vCPU, init runs, medians of {runs}"),
-        &["anonymous KiB", "file KiB", "all KiB"],
+        ["anonymous KiB", "file KiB", "all KiB"],
     );
     for subject in [ours, theirs] {
         let sizes = (0..runs).map(|_| resident(&subject)).collect::<Result<Vec<_>>>()?;

@@ -10,9 +10,11 @@ use clap::{Args, Subcommand};
 
 mod block;
 mod boot;
+mod load;
 mod machine;
 mod measure;
 mod memory;
+mod net;
 mod qemu;
 mod start;
 mod table;
@@ -36,6 +38,8 @@ enum What {
     Memory(Options),
     /// fio on a guest's disk: speed, latency, processor time and exits
     Block(block::Options),
+    /// TCP and UDP between a guest and its host: speed, latency, processor time and exits
+    Net(load::Options),
 }
 
 /// How to measure.
@@ -56,7 +60,8 @@ impl Bench {
             What::Start(options) => (start::run(runs(&options)?)?, options.json),
             What::Boot(options) => (boot::run(runs(&options)?)?, options.json),
             What::Memory(options) => (memory::run(runs(&options)?)?, options.json),
-            What::Block(options) => (block::run(&options)?, options.json),
+            What::Block(options) => (block::run(&options)?, options.load.json),
+            What::Net(options) => (net::run(&options)?, options.json),
         };
         println!("{table}");
         if json {

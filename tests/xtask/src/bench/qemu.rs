@@ -36,3 +36,12 @@ pub fn with_serial_on_stdout(subject: Subject) -> Subject {
     let argv = subject.argv.iter().map(|arg| if arg == "null" { "stdio".into() } else { arg.clone() });
     Subject { argv: argv.collect(), ..subject }
 }
+
+/// A machine without ACPI that has a root disk and one device more: init is a shell, on standard input and output.
+pub fn at_shell(name: &str, arguments: &str) -> Result<Subject> {
+    // Names of threads tell vCPUs.
+    let arguments = format!("-name bench,debug-threads=on {arguments} -append");
+    let subject = microvm(name, true, WITHOUT_ACPI, &arguments)?
+        .arg(format!("console=ttyS0 quiet reboot=t panic=-1 root=/dev/vda ro {TWO_DEVICES} -- sh"));
+    Ok(with_serial_on_stdout(subject))
+}

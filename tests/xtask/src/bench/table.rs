@@ -30,15 +30,15 @@ pub struct Row {
 
 impl Table {
     /// An empty table.
-    pub fn new(title: impl Into<String>, columns: &[&str]) -> Self {
-        let columns = columns.iter().map(|&column| column.to_owned()).collect();
+    pub fn new(title: impl Into<String>, columns: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        let columns = columns.into_iter().map(Into::into).collect();
         Self { title: title.into(), columns, rows: Vec::new(), notes: Vec::new() }
     }
 
     /// A table of whole processes: a row a subject with the medians of its costs, and the ratio of the first
     /// to each other one.
     pub fn of_processes(title: impl Into<String>, subjects: &[Subject], costs: &[Vec<Cost>]) -> Self {
-        let mut table = Self::new(title, &["CPU ms", "wall ms", "least wall ms", "most wall ms"]);
+        let mut table = Self::new(title, ["CPU ms", "wall ms", "least wall ms", "most wall ms"]);
         for (subject, costs) in subjects.iter().zip(costs) {
             let millis =
                 |duration: Option<std::time::Duration>| duration.map_or(f64::NAN, |d| d.as_secs_f64() * 1e3);

@@ -11,7 +11,7 @@ use super::tracepoints::Counter;
 const EVENTS: [&str; 4] =
     ["kvm/kvm_userspace_exit", "kvm/kvm_exit", "kvm/kvm_emulate_insn", "kvmmmu/kvm_mmu_pagetable_walk"];
 /// What they are, as columns of a table; `{}` is what they are divided by.
-pub const COLUMNS: [&str; 4] = ["exits/{}", "KVM exits/{}", "emulated/{}", "walks/{}"];
+const COLUMNS: [&str; 4] = ["exits/{}", "KVM exits/{}", "emulated/{}", "walks/{}"];
 /// What they are, for people.
 pub const NOTE: &str = "of the vCPU: exits to the VMM; all exits (not told by kvm-pvm); instructions that KVM emulated; \
                         walks of the guest's page tables, for faults and emulation";
@@ -76,6 +76,11 @@ impl Watched {
 }
 
 impl Usage {
+    /// Seconds of processor time of all threads.
+    pub fn seconds(&self) -> f64 {
+        (self.vcpus + self.others).as_secs_f64()
+    }
+
     /// What was used between `earlier` and this.
     pub fn since(&self, earlier: &Self) -> Self {
         Self {
@@ -92,10 +97,10 @@ impl Usage {
     }
 }
 
-/// Names of all columns that [`Usage::per`] fills, for a unit such as "IO".
+/// Names of the columns that a measured window fills, interrupts first, for a unit such as "IO".
 pub fn columns(unit: &str) -> Vec<String> {
-    let times = ["VMM us/{}", "vCPU us/{}"];
-    times.iter().chain(&COLUMNS).map(|column| column.replace("{}", unit)).collect()
+    let others = ["irqs/{}", "VMM us/{}", "vCPU us/{}"];
+    others.iter().chain(&COLUMNS).map(|column| column.replace("{}", unit)).collect()
 }
 
 fn threads(pid: u32) -> Result<Vec<u32>> {

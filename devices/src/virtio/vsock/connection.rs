@@ -46,8 +46,6 @@ pub struct Connection {
     socket: OwnedFd,
     phase: Phase,
     ports: Ports,
-    /// When something has to have happened, or is to be tried again.
-    deadline: Option<Instant>,
     /// When the call is given up.
     give_up: Option<Instant>,
     due: Due,
@@ -107,7 +105,6 @@ impl Connection {
             socket,
             phase,
             ports,
-            deadline: None,
             give_up: None,
             due: Due::empty(),
             known: phase == Phase::Calling,
@@ -148,16 +145,6 @@ impl Connection {
         self.buf_alloc
     }
 
-    /// When something has to have happened, or is to be tried again.
-    pub fn deadline(&self) -> Option<Instant> {
-        self.deadline
-    }
-
-    /// Sets [`Self::deadline`].
-    pub fn set_deadline(&mut self, deadline: Option<Instant>) {
-        self.deadline = deadline;
-    }
-
     /// When a call of the guest's is given up.
     pub fn give_up(&self) -> Option<Instant> {
         self.give_up
@@ -192,7 +179,7 @@ impl Connection {
 
     /// The host program took the guest's call.
     pub fn accept(&mut self) {
-        (self.phase, self.deadline) = (Phase::Established, None);
+        self.phase = Phase::Established;
         self.due |= Due::RESPONSE;
     }
 
@@ -201,7 +188,7 @@ impl Connection {
         if self.phase != Phase::Requested || self.due.contains(Due::REQUEST) {
             return Err(Broken);
         }
-        (self.phase, self.deadline) = (Phase::Established, None);
+        self.phase = Phase::Established;
         let line = format!("OK {}\n", self.ports.host);
         match send(&self.socket, line.as_bytes(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
             Ok(sent) if sent == line.len() => Ok(()),
@@ -325,7 +312,7 @@ impl Connection {
 
     /// The guest has forgotten it; what it had sent still goes to the host.
     pub fn linger(&mut self) {
-        (self.phase, self.deadline) = (Phase::Lingering, None);
+        self.phase = Phase::Lingering;
     }
 
     /// Whether there is a packet for the guest, or may be one.

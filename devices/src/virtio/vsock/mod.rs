@@ -443,7 +443,8 @@ impl Vsock {
         while let Some(slot) = self.table.next_due(now) {
             match self.table.get(slot).map(|connection| connection.phase()) {
                 Some(Phase::Calling) => self.try_call(slot),
-                _ => self.give_up(slot),
+                Some(Phase::Greeting | Phase::Requested) => self.give_up(slot),
+                Some(Phase::Established | Phase::Lingering) | None => {}
             }
         }
     }

@@ -25,6 +25,7 @@ pub struct Table {
     by_ports: HashMap<Ports, usize>,
     /// Slots whose connections may have a packet for the guest, each once.
     ready: VecDeque<usize>,
+    /// The deadlines of all slots.
     deadlines: BTreeSet<(Instant, usize)>,
     /// Bytes that all connections are promised.
     promised: usize,
@@ -36,6 +37,8 @@ struct Slot {
     /// It is among the ready ones. It stays there when its connection goes, so that connections which come and
     /// go do not fill the queue.
     is_ready: bool,
+    /// When something has to have happened, or is to be tried again.
+    deadline: Option<Instant>,
 }
 
 impl Table {
@@ -67,9 +70,7 @@ impl Table {
         let connection = self.slots.get_mut(slot)?.connection.take()?;
         self.promised -= connection.buf_alloc() as usize;
         self.free.push(slot);
-        if let Some(at) = connection.deadline() {
-            self.deadlines.remove(&(at, slot));
-        }
+        self.set_deadline(slot, None);
         self.forget_ports(connection.ports(), slot);
         Some(connection)
     }
@@ -127,7 +128,9 @@ impl Table {
 
     /// Queues the connection if there is something for the guest.
     pub fn queue(&mut self, slot: usize) {
-        let Some(Slot { connection: Some(connection), is_ready }) = self.slots.get_mut(slot) else { return };
+        let Some(Slot { connection: Some(connection), is_ready, .. }) = self.slots.get_mut(slot) else {
+            return;
+        };
         if connection.has_packet() && !*is_ready {
             *is_ready = true;
             self.ready.push_back(slot);
@@ -148,15 +151,11 @@ impl Table {
 
     /// When the connection is to be looked at.
     pub fn set_deadline(&mut self, slot: usize, deadline: Option<Instant>) {
-        let Some(connection) = self.get(slot) else { return };
-        let before = connection.deadline();
-        connection.set_deadline(deadline);
-        if let Some(before) = before {
+        let Some(holder) = self.slots.get_mut(slot) else { return };
+        if let Some(before) = std::mem::replace(&mut holder.deadline, deadline) {
             self.deadlines.remove(&(before, slot));
         }
-        if let Some(at) = deadline {
-            self.deadlines.insert((at, slot));
-        }
+        self.deadlines.extend(deadline.map(|at| (at, slot)));
     }
 
     /// The first deadline.
@@ -166,10 +165,7 @@ impl Table {
 
     /// A connection whose deadline has passed; it has none any more.
     pub fn next_due(&mut self, now: Instant) -> Option<usize> {
-        let &(at, slot) = self.deadlines.first()?;
-        if at > now {
-            return None;
-        }
+        let (_, slot) = self.deadlines.first().copied().filter(|&(at, _)| at <= now)?;
         self.set_deadline(slot, None);
         Some(slot)
     }
@@ -207,6 +203,24 @@ mod tests {
         }
         assert_eq!((table.len(), table.memory()), (0, (0, 0)));
         assert!(table.by_ports.is_empty());
+    }
+
+    #[test]
+    fn a_deadline_is_its_connections_and_no_later_ones() {
+        let mut table = Table::default();
+        let now = Instant::now();
+        for guest in 0..10 {
+            let socket = new_socket().expect("a socket");
+            let slot = table.insert(socket, Phase::Calling, Ports { host: 1, guest }).expect("room");
+            table.set_deadline(slot, Some(now));
+            match guest % 3 {
+                0 => _ = table.remove(slot),
+                1 => table.set_deadline(slot, None),
+                _ => assert_eq!((table.next_due(now), table.next_due(now)), (Some(slot), None)),
+            }
+            assert_eq!((table.first_deadline(), table.next_due(now)), (None, None), "{guest}");
+            table.remove(slot);
+        }
     }
 
     #[test]

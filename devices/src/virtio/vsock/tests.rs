@@ -112,6 +112,21 @@ fn host_programs_that_say_nothing_and_guests_that_answer_nothing_are_given_up() 
 }
 
 #[test]
+fn an_answered_call_lives_on_past_the_time_for_answers() {
+    let mut guest = Guest::with(|device| device.answer_time = Duration::from_secs(1));
+    let (mut stream, mut host) = guest.called(1);
+    drop(guest.called(2));
+    assert!(guest.send(Stream::new(2, stream.host + 1).header(Op::Rst), &[]));
+    std::thread::sleep(Duration::from_millis(1100));
+    guest.receive();
+    stream.write(&mut guest, b"still here");
+    assert_eq!(read_now(&mut host), Some(b"still here".to_vec()));
+    let (mut stream, mut host) = guest.called(3);
+    stream.write(&mut guest, b"new");
+    assert_eq!(read_now(&mut host), Some(b"new".to_vec()));
+}
+
+#[test]
 fn a_call_waits_while_the_host_program_is_busy() {
     let mut guest = Guest::new();
     let listener = guest.listen(1);

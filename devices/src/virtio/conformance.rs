@@ -360,6 +360,32 @@ fn a_ring_beyond_repair_stops_the_device_until_it_is_reset() {
     });
 }
 
+#[test]
+fn the_same_head_again_and_again_is_survived() {
+    every_kind(|kind, mut driver| {
+        for queue in 0..driver.queue_count() {
+            for features in [0, driver.offered()] {
+                driver.start(features);
+                let (head, _) = driver.post(queue, &[&[0; 16]], &[512, 1]);
+                for _ in 0..3 {
+                    driver.offer(queue, head);
+                }
+                driver.kick(queue);
+                driver.offer(queue, head);
+                driver.kick(queue);
+                driver.host_events();
+                // Each time it was served before it came again, or the device asks for a reset.
+                let answers = driver.used(queue);
+                assert!(answers.len() <= 5, "{} queue {queue}: {answers:?}", kind.name);
+                assert!(answers.iter().all(|&(id, _)| id == u32::from(head)), "{} queue {queue}", kind.name);
+                assert!([15, 15 | NEEDS_RESET].contains(&driver.status()), "{} queue {queue}", kind.name);
+            }
+        }
+        driver.start(0);
+        assert_works(kind, &mut driver);
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 

@@ -2,17 +2,10 @@
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use devices::model::{BusDevice, VirtioDevice};
-use devices::registry::KINDS;
 use devices::virtio::test_driver::{DATA, Desc, Driver, REGIONS};
 
 /// Most steps of one run.
 const MAX_STEPS: usize = 64;
-
-/// The device of kind `name`.
-pub fn device(name: &str) -> Box<dyn VirtioDevice> {
-    let kind = KINDS.iter().find(|kind| kind.name == name).expect("the registry has this kind");
-    (kind.specimen)()
-}
 
 /// An address that is likely to be somewhere interesting.
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -57,6 +50,29 @@ impl Length {
     }
 }
 
+/// What a request begins with: as long as the headers of the devices that there are.
+#[derive(Arbitrary, Clone, Copy, Debug)]
+enum Header {
+    Word([u8; 4]),
+    Disk([u8; 16]),
+    Packet([u8; 12]),
+    Stream([u8; 44]),
+    /// A list of items that looks like no header.
+    List([u8; 64]),
+}
+
+impl Header {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Word(bytes) => bytes,
+            Self::Disk(bytes) => bytes,
+            Self::Packet(bytes) => bytes,
+            Self::Stream(bytes) => bytes,
+            Self::List(bytes) => bytes,
+        }
+    }
+}
+
 /// One thing that a driver does.
 #[derive(Arbitrary, Debug)]
 enum Step {
@@ -67,21 +83,21 @@ enum Step {
     /// A write to a register that exists.
     Register { index: u8, value: u32 },
     /// A descriptor.
-    Describe { queue: bool, index: u8, addr: Address, len: Length, flags: u8, next: u8 },
+    Describe { queue: u8, index: u8, addr: Address, len: Length, flags: u8, next: u8 },
     /// Some bytes of memory.
     Fill { at: Address, bytes: [u8; 16] },
     /// A descriptor in memory, for an indirect table.
     Table { slot: u8, addr: Address, len: Length, flags: u8, next: u8 },
     /// A head in the available ring.
-    Offer { queue: bool, head: u8 },
+    Offer { queue: u8, head: u8 },
     /// Any index of the available ring.
-    Jump { queue: bool, index: u16 },
+    Jump { queue: u8, index: u16 },
     /// A notification.
-    Kick { queue: bool },
+    Kick { queue: u8 },
     /// Something happens on the host.
     Host,
-    /// A request as a driver would make it: header, sizes of readable and writable buffers.
-    Request { queue: bool, header: [u8; 16], data: u8, room: [Length; 2] },
+    /// A request as a driver would make it: header, what is repeated how often behind it, sizes of writable buffers.
+    Request { queue: u8, header: Header, body: [u8; 16], times: u8, room: [Length; 2] },
     /// Reset and start.
     Start { features: u64 },
 }
@@ -90,15 +106,17 @@ enum Step {
 const REGISTERS: [u64; 16] =
     [0x14, 0x20, 0x24, 0x30, 0x38, 0x44, 0x50, 0x64, 0x70, 0x80, 0x84, 0x90, 0x94, 0xa0, 0xa4, 0xfc];
 
-/// Starts `device` and does to it what `input` says. It must not panic, get stuck or lose count.
+/// Does to `device` what `input` says: it must not panic, get stuck or lose count. The first byte says whether it is
+/// started before, and with which features.
 pub fn drive(device: Box<dyn VirtioDevice>, input: &[u8]) {
+    let Some((start, input)) = input.split_first() else { return };
     let mut driver = Driver::new(device);
-    driver.start(0);
-    run(&mut driver, input);
-}
-
-/// Does what `input` says to a device in whatever state it is in.
-pub fn run(driver: &mut Driver, input: &[u8]) {
+    match start % 3 {
+        0 => {}
+        1 => driver.start(0),
+        _ => driver.start(driver.offered()),
+    }
+    let driver = &mut driver;
     let mut input = Unstructured::new(input);
     for _ in 0..MAX_STEPS {
         match next(&mut input) {
@@ -125,7 +143,7 @@ fn desc(addr: Address, len: Length, flags: u8, next: u8) -> Desc {
 }
 
 fn take(driver: &mut Driver, step: Step) {
-    let queue = |second: bool| u16::from(second) % driver.queue_count();
+    let queue = |queue: u8| u16::from(queue) % driver.queue_count();
     match step {
         Step::Read { offset, width } => {
             let mut data = [0; 256];
@@ -135,23 +153,25 @@ fn take(driver: &mut Driver, step: Step) {
             driver.transport.write(offset.into(), &bytes[..usize::from(width % 9)]);
         }
         Step::Register { index, value } => driver.set(REGISTERS[usize::from(index % 16)], value),
-        Step::Describe { queue: second, index, addr, len, flags, next } => {
-            driver.set_desc(queue(second), index.into(), desc(addr, len, flags, next));
+        Step::Describe { queue: which, index, addr, len, flags, next } => {
+            driver.set_desc(queue(which), index.into(), desc(addr, len, flags, next));
         }
         Step::Fill { at, bytes } => write(driver, at.value(), &bytes),
         Step::Table { slot, addr, len, flags, next } => {
             write(driver, DATA + 16 * u64::from(slot), &desc(addr, len, flags, next).bytes());
         }
-        Step::Offer { queue: second, head } => driver.offer(queue(second), head.into()),
-        Step::Jump { queue: second, index } => driver.set_avail(queue(second), index),
-        Step::Kick { queue: second } => driver.kick(queue(second)),
+        Step::Offer { queue: which, head } => driver.offer(queue(which), head.into()),
+        Step::Jump { queue: which, index } => driver.set_avail(queue(which), index),
+        Step::Kick { queue: which } => driver.kick(queue(which)),
         Step::Host => driver.host_events(),
-        Step::Request { queue: second, header, data, room } => {
-            let data = vec![0x42; usize::from(data) * 64];
+        Step::Request { queue: which, header, body, times, room } => {
+            let data = body.repeat(usize::from(times));
             let room = room.map(|len| (len.value() % 0x2_0000) as usize);
-            driver.request(queue(second), &[&header, &data], &[room[0], room[1], 1]);
+            driver.request(queue(which), &[header.bytes(), &data], &[room[0], room[1], 1]);
         }
         Step::Start { features } => {
+            // Who cannot read the features cannot choose.
+            driver.transport.enable();
             let features = driver.offered() & features;
             driver.start(features);
         }

@@ -26,6 +26,11 @@ pub fn stream_peer() -> Result<PathBuf> {
     build(&["--release", "--package", "stream-peer", "--bin", "stream-peer"])
 }
 
+/// The static `hostile-driver` binary, which breaks the specification in guests.
+pub fn hostile_driver() -> Result<PathBuf> {
+    build(&["--release", "--package", "hostile-driver", "--bin", "hostile-driver"])
+}
+
 /// Builds one static executable, chosen by arguments to `cargo build`, and returns its path.
 pub fn build(arguments: &[&str]) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());

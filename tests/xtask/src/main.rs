@@ -25,6 +25,7 @@ struct Arguments {
 enum Command {
     Bench(bench::Bench),
     Demo(demo::Demo),
+    Fuzz(fuzz::Fuzz),
     Test(test::Test),
     Lab(lab::Lab),
     Images(images::Images),
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
     let done: Result<ExitCode> = match Arguments::parse().command {
         Command::Bench(bench) => bench.run(),
         Command::Demo(demo) => demo.run(),
+        Command::Fuzz(fuzz) => fuzz.run(),
         Command::Test(test) => test.run(),
         Command::Lab(lab) => lab.run(),
         Command::Images(images) => images.run(),

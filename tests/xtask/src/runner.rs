@@ -25,7 +25,7 @@ impl Counts {
 }
 
 /// Names the transport to the tests of devices (`VARIABLE` of `devices::virtio::test_wire`).
-const TEST_TRANSPORT: &str = "VMM_TEST_TRANSPORT";
+pub const TEST_TRANSPORT: &str = "VMM_TEST_TRANSPORT";
 
 /// Runs tests with the same environment.
 pub struct Runner {

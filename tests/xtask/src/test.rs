@@ -64,7 +64,7 @@ impl Test {
             totals.add(runner.devices_on_pci()?);
             step("documentation tests");
             totals.add(runner.doc_tests()?);
-            totals.add(fuzz::run(self.fuzz_seconds)?);
+            totals.add(fuzz::run(self.fuzz_seconds, "")?);
         }
         drop(lab);
         step("summary");

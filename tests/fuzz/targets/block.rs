@@ -1,4 +1,0 @@
-//! A hostile driver of the block device.
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|input: &[u8]| fuzz::drive(fuzz::device("disk"), input));

@@ -10,7 +10,7 @@ fn both_transports_boot_and_devices_are_where_they_should_be() -> Result<()> {
     mmio.ok()?.expect_line("0")?.expect_line("done")?;
     assert!(!mmio.console.contains("0000:00:01.0"), "{}", mmio.console);
     // Root disk and rng: a vector each for the configuration and for one queue.
-    let pci = Guest::new().transport("pci").shell(line).run()?;
+    let pci = Guest::new().transport("pci").arg("--no-balloon").shell(line).run()?;
     pci.ok()?.expect_text("0000:00:01.0")?.expect_line("4")?.expect_line("done")?;
     Ok(())
 }
@@ -73,7 +73,8 @@ fn a_network_device_on_pci_carries_packets_both_ways() -> Result<()> {
 fn thirty_one_devices_fit_on_pci_and_one_more_is_refused() -> Result<()> {
     let disk = Disk::blank(1 << 20)?;
     let disks = |count: usize| {
-        (0..count).fold(Guest::new().transport("pci"), |guest, _| guest.disk_with(&disk, ",ro"))
+        (0..count)
+            .fold(Guest::new().transport("pci").arg("--no-balloon"), |guest, _| guest.disk_with(&disk, ",ro"))
     };
     // With the root disk and the rng.
     let run = disks(29).shell("ls -d /sys/bus/virtio/devices/* | wc -l; ls /sys/block | grep -c vd").run()?;

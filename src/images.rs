@@ -42,8 +42,7 @@ pub fn provide_kernel(config: &mut VmConfig, quiet: bool) -> anyhow::Result<()> 
 
 /// Whether a machine is one that gets our root file system.
 pub fn wants_root(config: &VmConfig) -> bool {
-    let is_root = |device: &DeviceConfig| matches!(device, DeviceConfig::Disk(disk) if disk.root);
-    config.initrd.is_none() && !config.devices.iter().any(is_root)
+    config.initrd.is_none() && !config.devices.iter().any(DeviceConfig::is_root)
 }
 
 /// Gives a machine a root disk that ends with it. The file is to be kept until the machine is built.

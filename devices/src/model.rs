@@ -5,7 +5,7 @@
 
 use std::any::Any;
 use std::fmt;
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -114,6 +114,25 @@ pub struct HostSource {
     pub writable: bool,
 }
 
+/// A file that a device wants to have in the guest's address space, apart from RAM: the guest reads and writes it by
+/// itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Window<'a> {
+    /// What is mapped, shared.
+    pub file: BorrowedFd<'a>,
+    /// Bytes of it. The guest sees zeroes from there to the next multiple of [`Window::ALIGN`]; only a read-only file
+    /// may end elsewhere.
+    pub bytes: u64,
+    /// The guest can only read it.
+    pub read_only: bool,
+}
+
+impl Window<'_> {
+    /// What address and size in the guest's address space are multiples of, in bytes: large pages, and what Linux can add to
+    /// its memory map.
+    pub const ALIGN: u64 = 2 << 20;
+}
+
 /// One virtio device: identity, configuration space and what it does with its queues.
 ///
 /// It has no thread, eventfd, transport or mutex. Its owner lends it the queues for the length of a call and
@@ -150,6 +169,16 @@ pub trait VirtioDevice: Send {
     fn host_event(&mut self, _queues: &mut Queues<'_>, _token: u32) -> Progress {
         Progress::Done
     }
+
+    /// The file that it wants in the guest's address space. Asked once, before any other call but [`Self::config_space`].
+    ///
+    /// Buffers of its queues, or of another device's, cannot lie in it: such an address is a guest's mistake.
+    fn window(&self) -> Option<Window<'_>> {
+        None
+    }
+
+    /// [`Self::window`] is at this address of the guest's.
+    fn placed(&mut self, _guest_addr: u64) {}
 
     /// Index into [`DeviceKind::limits`] of the limits that `queue` is subject to.
     fn lane(&self, _queue: u16) -> usize {
@@ -305,6 +334,11 @@ pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOw
     /// alike: see [`crate::throttle::is_limit`].
     fn limits(&self) -> Vec<Limits> {
         Vec::new()
+    }
+
+    /// The guest's root file system is on it.
+    fn is_root(&self) -> bool {
+        false
     }
 
     /// The device gets a thread of its own.

@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::model::{DeviceKind, MachineShape, OpenError, UpdateError, VirtioDevice};
 use crate::params::{self, ParamError};
 use crate::throttle::{self, Limits};
-use crate::virtio::{balloon, block, console, net, rng, vsock};
+use crate::virtio::{balloon, block, console, net, pmem, rng, vsock};
 
 /// A device kind, as the command line needs to know it.
 pub struct Kind {
@@ -74,6 +74,11 @@ macro_rules! registry {
             /// See [`DeviceKind::limits`].
             pub fn limits(&self) -> Vec<Limits> {
                 match self { $(Self::$variant(config) => config.limits(),)+ }
+            }
+
+            /// See [`DeviceKind::is_root`].
+            pub fn is_root(&self) -> bool {
+                match self { $(Self::$variant(config) => config.is_root(),)+ }
             }
 
             /// See [`DeviceKind::own_runner`].
@@ -159,6 +164,7 @@ impl DeviceConfig {
 
 registry! {
     Disk => block::Config,
+    Pmem => pmem::Config,
     Net => net::Config,
     Rng => rng::Config,
     Vsock => vsock::Config,

@@ -30,6 +30,7 @@ use crate::memory::{GuestRam, HugePages, RamError};
 use crate::runner::{Runner, RunnerError, UnitHandle};
 use crate::vcpu::Buses;
 use crate::vm::{Message, Vm};
+use crate::window::WindowError;
 use crate::x86_64::kernel::{self, Kernel, KernelError};
 use crate::x86_64::{MmioSlot, Slots, acpi, cpu, cpuid, layout, mptable};
 
@@ -45,6 +46,14 @@ pub enum BuildError {
     /// Guest memory could not be mapped.
     #[error(transparent)]
     Memory(#[from] RamError),
+    /// A device's file could not be mapped.
+    #[error("{name}: {source}")]
+    Window {
+        /// The device's name.
+        name: String,
+        /// What is wrong.
+        source: WindowError,
+    },
     /// Kernel or initrd could not be loaded.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -104,8 +113,9 @@ impl VmBuilder {
             Err(error) => return Err(error.into()),
         }
         // All at once, as in a machine: a disk that is there twice cannot be locked twice.
-        let devices = open_devices(config)?;
-        let ram = GuestRam::new(config.memory.0, config.backing())?;
+        let mut devices = open_devices(config)?;
+        let mut ram = GuestRam::new(config.memory.0, config.backing())?;
+        place_windows(&mut ram, config, &mut devices)?;
         let kernel = config.kernel.as_deref();
         let kernel = kernel.map(|path| kernel::load(ram.memory(), path, config.boot_protocol)).transpose()?;
         match (&config.initrd, &kernel) {
@@ -134,9 +144,10 @@ impl VmBuilder {
             None => Box::new(KvmHypervisor::open()?),
         };
         let config = self.config;
-        let devices = open_devices(&config)?;
+        let mut devices = open_devices(&config)?;
 
-        let ram = GuestRam::new(config.memory.0, config.backing())?;
+        let mut ram = GuestRam::new(config.memory.0, config.backing())?;
+        place_windows(&mut ram, &config, &mut devices)?;
         // The image, and as much again, which a kernel fills while it boots. An error is the loader's to tell.
         let image = std::fs::metadata(&kernel_path).map_or(0, |meta| meta.len());
         ram.prefer_huge_pages(layout::HIGH_RAM.saturating_add(image.saturating_mul(2)));
@@ -188,6 +199,21 @@ fn open_devices(config: &VmConfig) -> Result<Vec<Box<dyn VirtioDevice>>, OpenErr
     let memory_stays = config.mem_prealloc || config.hugepages == HugePages::Reserved;
     let shape = MachineShape { cpus: config.cpus, memory: config.memory.0, memory_stays };
     config.devices.iter().map(|device| device.open(&shape)).collect()
+}
+
+/// Maps the files that devices want in the guest's address space.
+fn place_windows(
+    ram: &mut GuestRam,
+    config: &VmConfig,
+    devices: &mut [Box<dyn VirtioDevice>],
+) -> Result<(), BuildError> {
+    for (device, name) in devices.iter_mut().zip(config.device_names()) {
+        if let Some(window) = device.window() {
+            let placed = ram.add_window(window);
+            device.placed(placed.map_err(|source| BuildError::Window { name, source })?);
+        }
+    }
+    Ok(())
 }
 
 /// Where the serial port writes.

@@ -17,6 +17,7 @@ pub mod memory;
 pub mod runner;
 pub mod state;
 pub mod vcpu;
+pub mod window;
 pub mod x86_64;
 
 mod builder;

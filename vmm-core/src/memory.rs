@@ -1,4 +1,4 @@
-//! Guest memory: the only place that maps it.
+//! Guest memory: the only place that maps it, but for the files of devices ([`crate::window`]).
 #![allow(unsafe_code, reason = "advice on a mapping is given by address")]
 
 use std::fs::{self, File};
@@ -6,6 +6,7 @@ use std::io;
 use std::sync::Arc;
 
 use devices::GuestMemory;
+use devices::model::Window;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 use rustix::mm::{Advice, madvise};
 use serde::{Deserialize, Serialize};
@@ -15,6 +16,7 @@ use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
+use crate::window::{MappedWindow, WindowError};
 use crate::x86_64::layout;
 
 /// Bytes of a huge page, the only size that is used.
@@ -48,9 +50,10 @@ pub struct Backing {
 #[derive(Clone, Debug)]
 pub struct GuestRam {
     memory: GuestMemory,
+    windows: Vec<Arc<MappedWindow>>,
 }
 
-/// One contiguous piece of guest RAM.
+/// One contiguous piece of memory in the guest's address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RamRegion {
     /// Guest physical address.
@@ -59,6 +62,8 @@ pub struct RamRegion {
     pub len: u64,
     /// Address of the mapping in this process.
     pub host_addr: u64,
+    /// The guest can only read it.
+    pub read_only: bool,
 }
 
 /// Guest memory could not be mapped.
@@ -118,7 +123,7 @@ impl GuestRam {
             offset += len;
         }
         let memory = GuestMemory::from_regions(regions).map_err(|e| error(io::Error::other(e)))?;
-        let ram = Self { memory };
+        let ram = Self { memory, windows: Vec::new() };
         if backing.huge_pages == HugePages::Transparent {
             ram.prefer_huge_pages(size);
         }
@@ -154,16 +159,32 @@ impl GuestRam {
         &self.memory
     }
 
-    /// Its pieces, from the lowest address up.
+    /// Pieces of RAM, from the lowest address up.
     pub fn regions(&self) -> impl Iterator<Item = RamRegion> + '_ {
         self.memory.iter().map(|region| RamRegion {
             guest_addr: region.start_addr().raw_value(),
             len: region.len(),
             host_addr: region.get_mmap().as_ptr() as u64,
+            read_only: false,
         })
     }
 
-    /// Total size in bytes.
+    /// Maps a device's file beside the RAM, and returns where the guest finds it. It is no part of [`Self::memory`], so
+    /// that no descriptor can name it: a file may lose its end, and a device must not meet that.
+    pub fn add_window(&mut self, window: Window<'_>) -> Result<u64, WindowError> {
+        let end = self.slots().map(|slot| slot.guest_addr + slot.len).max().unwrap_or(0);
+        let window = MappedWindow::new(layout::next_window(end), window)?;
+        let guest_addr = window.region().guest_addr;
+        self.windows.push(Arc::new(window));
+        Ok(guest_addr)
+    }
+
+    /// All that the guest can reach without an exit: RAM and windows.
+    pub fn slots(&self) -> impl Iterator<Item = RamRegion> + '_ {
+        self.regions().chain(self.windows.iter().map(|window| window.region()))
+    }
+
+    /// Size of the RAM in bytes.
     pub fn size(&self) -> u64 {
         self.regions().map(|region| region.len).sum()
     }

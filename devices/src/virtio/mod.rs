@@ -8,6 +8,7 @@ pub mod console;
 pub mod mmio;
 pub mod net;
 pub mod pci;
+pub mod pmem;
 mod poller;
 pub mod queue;
 pub mod reclaim;

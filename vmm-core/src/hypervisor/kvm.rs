@@ -10,8 +10,8 @@ use std::sync::{Arc, OnceLock};
 
 use devices::model::{IrqLine, MsiSender};
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_INTERNAL_ERROR_EMULATION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_fpu,
-    kvm_lapic_state, kvm_msi, kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_sregs,
+    CpuId, KVM_API_VERSION, KVM_INTERNAL_ERROR_EMULATION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, Msrs,
+    kvm_fpu, kvm_lapic_state, kvm_msi, kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_sregs,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
@@ -28,6 +28,7 @@ use crate::x86_64::layout;
 pub const CAPABILITIES: &[(Cap, &str)] = &[
     (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::ReadonlyMem, "KVM_CAP_READONLY_MEM"),
     (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
     (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
     (Cap::MpState, "KVM_CAP_MP_STATE"),
@@ -166,10 +167,10 @@ impl HvVm for KvmVm {
         if self.ram.set(ram.clone()).is_err() {
             return Err(HvError::call("KVM_SET_USER_MEMORY_REGION", libc::EEXIST));
         }
-        for (slot, region) in ram.regions().enumerate() {
+        for (slot, region) in ram.slots().enumerate() {
             let region = kvm_userspace_memory_region {
                 slot: slot as u32,
-                flags: 0,
+                flags: if region.read_only { KVM_MEM_READONLY } else { 0 },
                 guest_phys_addr: region.guest_addr,
                 memory_size: region.len,
                 userspace_addr: region.host_addr,

@@ -26,7 +26,7 @@ pub trait Hypervisor: Send + Sync {
 
 /// One machine's kernel side.
 pub trait HvVm: Send + Sync {
-    /// Gives the guest this memory, one slot a region. To be called once, and before [`Self::create_irqchip`]:
+    /// Gives the guest this memory, one slot a piece. To be called once, and before [`Self::create_irqchip`]:
     /// a memory slot costs fifty times more after it.
     fn map_memory(&self, ram: &GuestRam) -> Result<(), HvError>;
 

@@ -6,7 +6,7 @@
 //! 0x000e_0000  ACPI tables, the RSDP first
 //! 0x0010_0000  kernel; the initrd ends where low RAM ends
 //! 0xc000_0000  MMIO gap: virtio-mmio, PCI, I/O APIC, local APIC, KVM's own pages
-//! 0x1_0000_0000  the rest of RAM
+//! 0x1_0000_0000  the rest of RAM, then windows (files of devices), each at a multiple of 1 GiB
 //! ```
 
 /// GDT used to enter the kernel.
@@ -85,6 +85,11 @@ pub fn ram_ranges(size: u64) -> Vec<(u64, u64)> {
     }
 }
 
+/// Where a window goes when everything before it ends at `end`: large pages of the host fit there, whatever it is in.
+pub fn next_window(end: u64) -> u64 {
+    end.max(MMIO_GAP_END).next_multiple_of(1 << 30)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,5 +99,12 @@ mod tests {
         assert_eq!(ram_ranges(256 << 20), [(0, 256 << 20)]);
         assert_eq!(ram_ranges(MMIO_GAP), [(0, MMIO_GAP)]);
         assert_eq!(ram_ranges(MMIO_GAP + 4096), [(0, MMIO_GAP), (MMIO_GAP_END, 4096)]);
+    }
+
+    #[test]
+    fn windows_are_above_all_that_has_an_address() {
+        for (end, want) in [(MIN_RAM, 4 << 30), (4 << 30, 4 << 30), ((4 << 30) + 1, 5 << 30)] {
+            assert_eq!(next_window(end), want);
+        }
     }
 }

@@ -154,6 +154,10 @@ impl DeviceKind for Config {
         vec![Limits { bandwidth: self.bandwidth, ops: self.ops }]
     }
 
+    fn is_root(&self) -> bool {
+        self.root
+    }
+
     fn own_runner(&self) -> bool {
         self.runner == Runner::Own
     }

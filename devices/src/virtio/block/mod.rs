@@ -34,6 +34,7 @@ use super::queue::{Queues, VirtQueue};
 use crate::model::{Counters, DeviceKind, HostSource, OpenError, Progress, UpdateError, VirtioDevice};
 pub use config::{Cache, Config, Format};
 use disk::Disk;
+pub(super) use disk::{open_locked, refusal};
 pub use engine::Kind as EngineKind;
 use engine::{Engine, Finished};
 use job::{Job, Step, Task};

@@ -2,10 +2,11 @@
 //! devices that are honestly used.
 
 use std::fmt::Write;
+use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use harness::{Disk, Guest, Needs, NetNs, Place, binaries, initramfs_with, smaps};
 use vmm_core::devices::registry::KINDS;
 
@@ -23,17 +24,22 @@ const GROUPS: [&str; 9] =
     ["queue-registers", "status", "widths", "config-space", "reset", "rings", "chains", "requests", "random"];
 
 /// What gives a guest a device of this kind, which it does not have anyway.
-fn flag(kind: &str, dir: &Path) -> Option<String> {
-    Some(match kind {
+fn flag(kind: &str, dir: &Path) -> Result<Option<String>> {
+    Ok(Some(match kind {
         // The victim and the witness.
-        "disk" => return None,
+        "disk" => return Ok(None),
         "net" => format!("--net=tap={}", harness::net::TAP),
         // On by default.
-        "rng" | "balloon" => return None,
+        "rng" | "balloon" => return Ok(None),
+        "pmem" => {
+            let image = dir.join("pmem");
+            File::create(&image)?.set_len(2 * MIB)?;
+            format!("--pmem={}", image.display())
+        }
         "console" => "--console=null".into(),
         "vsock" => format!("--vsock={}", dir.join("vsock").display()),
-        kind => panic!("say here how a guest gets a device of kind {kind}"),
-    })
+        kind => bail!("say here how a guest gets a device of kind {kind}"),
+    }))
 }
 
 /// Attacks all devices but a disk with a mounted file system on it; what is on that survives.
@@ -60,8 +66,8 @@ fn attack(transport: &str, seed: u64) -> Result<()> {
         .shell(&line)
         .deadline(DEADLINE);
     let dir = tempfile::tempdir()?;
-    let flags = KINDS.iter().filter_map(|kind| flag(kind.name, dir.path()));
-    let mut guest = flags.fold(guest, |guest, flag| guest.arg(&flag)).start()?;
+    let mut flags = KINDS.iter().filter_map(|kind| flag(kind.name, dir.path()).transpose());
+    let mut guest = flags.try_fold(guest, |guest, flag| anyhow::Ok(guest.arg(&flag?)))?.start()?;
     guest.expect("all attacked")?;
     let mappings = guest.smaps()?;
     let resident = |mappings: &[smaps::Mapping]| mappings.iter().map(|mapping| mapping.rss).sum::<u64>();

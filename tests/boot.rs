@@ -1,7 +1,7 @@
 //! Kernels boot, and guests end, in every way that users know.
 
 use anyhow::Result;
-use harness::{Guest, Kernel};
+use harness::{Guest, Kernel, tools_image};
 
 const INIT_DONE: &str = "vmm-init: exit status 0";
 
@@ -10,6 +10,13 @@ fn a_guest_reaches_its_init_and_runs_a_command() -> Result<()> {
     let run = Guest::new().shell("uname -sm; id -u").run()?;
     run.ok()?.expect_line("vmm-init: user space reached")?.expect_line("Linux x86_64")?.expect_line("0")?;
     run.expect_line(INIT_DONE)?;
+    Ok(())
+}
+
+#[test]
+fn programs_keep_their_vector_registers() -> Result<()> {
+    let run = Guest::new().rootfs_read_only(tools_image()?).command("registers").run()?;
+    run.ok()?.expect_line("registers kept")?;
     Ok(())
 }
 

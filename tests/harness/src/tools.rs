@@ -1,5 +1,5 @@
 //! A root file system with the tools that load a machine: the demo's files, Debian's fio with the libraries it is linked
-//! to, and our own `netload`.
+//! to, and our own `netload` and `registers`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -19,20 +19,22 @@ const LAYOUT: &str = "1";
 pub fn image() -> Result<PathBuf> {
     packages::ensure(&["fio", "e2fsprogs"])?;
     let fio = packages::find_program("fio")?;
-    let netload = netload()?;
+    let (netload, registers) = (netload()?, registers()?);
     // The demo's own name changes with its parts.
     let demo = crate::demo_image()?;
     let recipe = format!(
-        "{LAYOUT} {} {} {}",
+        "{LAYOUT} {} {} {} {}",
         demo.display(),
         command::output(&mut command::words("dpkg-query -W fio libc6"))?,
-        crate::lab::content_hash(&netload)?
+        crate::lab::content_hash(&netload)?,
+        crate::lab::content_hash(&registers)?
     );
     let dir = cache::build_once("tools-rootfs", &recipe, |dir| {
         let tree = dir.join("tree");
         rootfs::demo_tree(&tree, &mut Console::new())?;
         copy_program(&tree, &fio)?;
         copy(&tree, &netload, Path::new("usr/bin/netload"))?;
+        copy(&tree, &registers, Path::new("usr/bin/registers"))?;
         rootfs::build_ext4(
             &tree,
             &dir.join("rootfs.ext4"),
@@ -45,7 +47,12 @@ pub fn image() -> Result<PathBuf> {
 
 /// Our network load, which runs at both ends: in the guest from the image, on the host from here.
 pub fn netload() -> Result<PathBuf> {
-    binaries::build(&["--release", "--package", "netload"])
+    binaries::build(&["--release", "--package", "netload", "--bin", "netload"])
+}
+
+/// Two processes that look whether the kernel keeps their vector registers.
+fn registers() -> Result<PathBuf> {
+    binaries::build(&["--release", "--package", "netload", "--bin", "registers"])
 }
 
 /// Copies a dynamically linked program of this machine, and what its loader would open, to where they are here.

@@ -118,6 +118,10 @@ impl Pmem {
 
     /// Makes durable what was written so far; returns `ret` of the requests for it.
     fn flush(&mut self) -> u32 {
+        if self.read_only {
+            // The device has no word for it: this is how a guest learns that what it wrote is nowhere.
+            return FAILED;
+        }
         match fdatasync(&self.fd) {
             Ok(()) => OK,
             Err(errno) => {
@@ -272,6 +276,17 @@ mod tests {
         let reply = driver.request(0, &[&[0; 4]], &[4]);
         assert_eq!(reply, Reply { used: Some(4), data: vec![vec![0xff; 4]] });
         assert_eq!(count(&driver), (1, 0, 1));
+    }
+
+    #[test]
+    fn nothing_becomes_durable_in_a_read_only_image() {
+        let (_file, config) = image(2 << 20);
+        let config = Config { ro: true, ..config };
+        let mut driver = Driver::new(config.open(&MachineShape::default()).expect("a device"));
+        driver.start(0);
+        let reply = driver.request(0, &[&[0; 4]], &[4]);
+        assert_eq!(reply, Reply { used: Some(4), data: vec![vec![0xff; 4]] });
+        assert_eq!(count(&driver), (1, 0, 0), "it is nobody's mistake");
     }
 
     #[test]

@@ -14,7 +14,8 @@ mod kernel;
 pub use kernel::DebianKernel;
 
 /// What Debian has as modules and a guest of ours needs to reach its root file system and the network.
-const MODULES: [&str; 6] = ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "ext4"];
+const MODULES: [&str; 8] =
+    ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "nd_pmem", "virtio_pmem", "ext4"];
 const INIT: &str = include_str!("debian/init.sh");
 const CUSTOMIZE: &str = include_str!("debian/customize.sh");
 /// Beyond Debian's essential packages.

@@ -24,11 +24,11 @@ impl Disk {
         Ok(disk)
     }
 
-    /// A disk of `size` bytes with an empty ext4 file system.
+    /// A disk of `size` bytes with an empty ext4 file system, of blocks that are pages, as on a large disk.
     pub fn ext4(size: u64) -> Result<Self> {
         let disk = Self::blank(size)?;
         let mkfs = packages::find_program("mkfs.ext4")?;
-        command::run(Command::new(mkfs).args(["-q", "-F"]).arg(&disk.path))?;
+        command::run(Command::new(mkfs).args(["-q", "-F", "-b", "4096"]).arg(&disk.path))?;
         Ok(disk)
     }
 

@@ -16,7 +16,7 @@ use crate::smaps::{self, Mapping};
 use crate::{binaries, report};
 
 /// Only there to end a hang; stretched in the lab.
-const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Names what is one of a kind in this process.
 static COUNT: AtomicU32 = AtomicU32::new(0);
@@ -29,7 +29,7 @@ pub struct Guest<'a> {
     kernel: Kernel,
     initrd: Option<PathBuf>,
     rootfs: Rootfs<'a>,
-    disks: Vec<(&'a Disk, &'a str)>,
+    images: Vec<(&'static str, &'a Disk, &'a str)>,
     net: Option<&'a NetNs>,
     within: Option<&'a NetNs>,
     append: Vec<String>,
@@ -55,7 +55,7 @@ impl<'a> Guest<'a> {
             kernel: Kernel::Default,
             initrd: None,
             rootfs: Rootfs::Demo,
-            disks: Vec::new(),
+            images: Vec::new(),
             net: None,
             within: None,
             append: Vec::new(),
@@ -112,7 +112,16 @@ impl<'a> Guest<'a> {
 
     /// `--disk` with more options, such as `,ro`.
     pub fn disk_with(mut self, disk: &'a Disk, options: &'a str) -> Self {
-        self.disks.push((disk, options));
+        self.images.push(("--disk", disk, options));
+        self
+    }
+
+    /// `--pmem` with more options, such as `,ro`; no root file system besides one that is on it.
+    pub fn pmem(mut self, image: &'a Disk, options: &'a str) -> Self {
+        if options.contains(",root") && matches!(self.rootfs, Rootfs::Demo) {
+            self.rootfs = Rootfs::None;
+        }
+        self.images.push(("--pmem", image, options));
         self
     }
 
@@ -211,11 +220,7 @@ impl<'a> Guest<'a> {
         if let Some(net) = self.within {
             program = net.within(&program);
         }
-        let mark = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        program.env.push((MARK.into(), mark.clone()));
-        let process = place.start(&program)?;
-        let deadline = self.deadline * place.slowness();
-        Ok(Running { process, mark, deadline, place, lent, _kernel: kernel })
+        Running::start(program, place, self.deadline, lent, kernel)
     }
 
     /// The whole command line of `vmm run`.
@@ -235,8 +240,13 @@ impl<'a> Guest<'a> {
             Rootfs::Disk(disk) => option("--rootfs", lend(disk, place, lent)?),
             Rootfs::ReadOnly(image) => option("--rootfs", place.provide(image)? + ",ro"),
         }
-        for (disk, options) in &self.disks {
-            option("--disk", format!("path={}{options}", lend(disk, place, lent)?));
+        for (flag, disk, options) in &self.images {
+            // What nobody writes can be one file for all guests, wherever they are.
+            let path = match options.split(',').any(|option| option == "ro") {
+                true => place.provide(disk.path())?,
+                false => lend(disk, place, lent)?,
+            };
+            option(flag, format!("path={path}{options}"));
         }
         let mut append = self.append.clone();
         if self.net.is_some() {
@@ -253,7 +263,7 @@ impl<'a> Guest<'a> {
 }
 
 /// A disk that a guest in the lab writes to: a copy, which comes back when the guest has ended.
-struct Lent<'a> {
+pub(crate) struct Lent<'a> {
     disk: &'a Disk,
     lab: Lab,
     path: String,
@@ -285,7 +295,27 @@ pub struct Running<'a> {
     _kernel: Kernel,
 }
 
-impl Running<'_> {
+impl<'a> Running<'a> {
+    /// Starts a program that is a VMM.
+    pub(crate) fn start(
+        mut program: Program,
+        place: Place,
+        deadline: Duration,
+        lent: Vec<Lent<'a>>,
+        kernel: Kernel,
+    ) -> Result<Self> {
+        let mark = format!("{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        program.env.push((MARK.into(), mark.clone()));
+        let process = place.start(&program)?;
+        let deadline = deadline * place.slowness();
+        Ok(Self { process, mark, deadline, place, lent, _kernel: kernel })
+    }
+
+    /// See [`Process::expect_from`].
+    pub(crate) fn expect_from(&self, from: usize, text: &str) -> Result<(String, usize)> {
+        self.process.expect_from(from, text, self.deadline)
+    }
+
     /// Waits until `text` appears on the console, after what earlier calls waited for, and returns what came before it.
     pub fn expect(&mut self, text: &str) -> Result<String> {
         self.process.expect(text, self.deadline)

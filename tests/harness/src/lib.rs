@@ -32,6 +32,7 @@ mod disk;
 mod guest;
 mod initramfs;
 mod kernel;
+mod live;
 mod place;
 mod tools;
 
@@ -39,6 +40,7 @@ pub use disk::Disk;
 pub use guest::{Guest, Run, Running};
 pub use initramfs::{demo as initramfs, with_programs as initramfs_with};
 pub use kernel::Kernel;
+pub use live::{Counters, Live, RunningLive};
 pub use net::NetNs;
 pub use place::{Acceleration, Needs, Place, local_kvm};
 pub use process::{Exit, Output, Process, Program, Signal};

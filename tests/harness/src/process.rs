@@ -221,17 +221,19 @@ impl Process {
     /// Waits until `text` appears on standard output, after what earlier calls have waited for, and returns what came
     /// before it. The deadline is there to end a hang; the error shows all output so far.
     pub fn expect(&mut self, text: &str, deadline: Duration) -> Result<String> {
-        let from = self.expected;
+        let before;
+        (before, self.expected) = self.expect_from(self.expected, text, deadline)?;
+        Ok(before)
+    }
+
+    /// As [`Self::expect`], after the first `from` bytes, whatever was waited for. The second value is where `text` ends.
+    pub fn expect_from(&self, from: usize, text: &str, deadline: Duration) -> Result<(String, usize)> {
         let (found, state) = self.shared.wait(deadline, |state| {
             let at = find(&state.stdout[from..], text.as_bytes())?;
             Some((at, String::from_utf8_lossy(&state.stdout[from..from + at]).into_owned()))
         });
         match found {
-            Some((at, before)) => {
-                drop(state);
-                self.expected = from + at + text.len();
-                Ok(before)
-            }
+            Some((at, before)) => Ok((before, from + at + text.len())),
             None => bail!("waited for '{text}', but {}", state.describe(deadline)),
         }
     }

@@ -6,6 +6,7 @@
 use std::any::Any;
 use std::fmt;
 use std::os::fd::{BorrowedFd, RawFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -325,6 +326,11 @@ pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOw
     /// Opens the host's side and makes the device. The error is a sentence for the operator.
     fn open(&self, machine: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError>;
 
+    /// How a value is refused: with what is wrong with it and what would be right.
+    fn refused(problem: impl Into<String>) -> OpenError {
+        OpenError::Value { kind: Self::NAME, problem: problem.into() }
+    }
+
     /// The name that the operator gave this device.
     fn id(&self) -> Option<&str> {
         None
@@ -380,6 +386,19 @@ pub enum OpenError {
         /// What is wrong and what would be right.
         problem: String,
     },
+}
+
+impl OpenError {
+    /// How the file at `path` is refused, which is `what` to the user: with a reason and a remedy.
+    pub fn file(what: &'static str, path: &Path) -> impl Fn(&str, &str) -> Self {
+        let path = path.display().to_string();
+        move |reason, remedy| Self::File {
+            what,
+            path: path.clone(),
+            reason: reason.into(),
+            remedy: remedy.into(),
+        }
+    }
 }
 
 /// Why a device's configuration could not be changed while the machine runs: a sentence for the operator.

@@ -11,7 +11,7 @@ use rustix::fs::{SeekFrom, fdatasync, seek};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 
-use super::block::{open_locked, refusal};
+use super::block::open_locked;
 use super::config_space::ConfigSpace;
 use super::queue::Queues;
 use crate::model::{Counters, DeviceKind, MachineShape, OpenError, Progress, VirtioDevice, Window};
@@ -52,7 +52,7 @@ impl DeviceKind for Config {
     fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         let what = "persistent memory";
         let fd = open_locked(what, &self.path, self.ro, false)?;
-        let error = refusal(what, &self.path);
+        let error = OpenError::file(what, &self.path);
         // A block device has no size in its inode, but an end.
         let bytes = seek(&fd, SeekFrom::End(0))
             .map_err(|errno| error(&errno.to_string(), "check that it is a disk image"))?;

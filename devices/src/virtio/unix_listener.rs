@@ -36,24 +36,19 @@ impl UnixListener {
     /// Listens at `path`, for its owner only, with `spare` bytes left of what a path may have. A socket that nobody
     /// listens on any more is replaced; everything else that is there stays, and is an error about `what`.
     pub fn bind(what: &'static str, path: &Path, spare: usize) -> Result<Self, OpenError> {
-        let error = |reason: String, remedy: &str| OpenError::File {
-            what,
-            path: path.display().to_string(),
-            reason,
-            remedy: remedy.into(),
-        };
+        let error = OpenError::file(what, path);
         let max = MAX_PATH - spare;
         let len = path.as_os_str().len();
         if len == 0 || len > max {
             let remedy = format!("use a path of 1 to {max} bytes");
-            return Err(error(format!("its path has {len} bytes"), &remedy));
+            return Err(error(&format!("its path has {len} bytes"), &remedy));
         }
         let os = |errno: Errno| match errno {
-            Errno::NOENT => error("no such directory".into(), "make the directory first"),
+            Errno::NOENT => error("no such directory", "make the directory first"),
             Errno::ACCESS | Errno::PERM | Errno::ROFS => {
-                error("no permission to write to its directory".into(), "choose a directory of yours")
+                error("no permission to write to its directory", "choose a directory of yours")
             }
-            errno => error(errno.to_string(), "check the path"),
+            errno => error(&errno.to_string(), "check the path"),
         };
         // Held while we look at what is there and replace it, so that two VMs do not take each other's away.
         let _lock = lock_directory(path).map_err(os)?;
@@ -62,10 +57,10 @@ impl UnixListener {
             Existing::Stale => rustix::fs::unlink(path).map_err(os)?,
             Existing::Live => {
                 let remedy = "stop the program that listens on it, or choose another path";
-                return Err(error("it is in use".into(), remedy));
+                return Err(error("it is in use", remedy));
             }
             Existing::Other => {
-                return Err(error("it exists and is no socket".into(), "remove it, or choose another path"));
+                return Err(error("it exists and is no socket", "remove it, or choose another path"));
             }
         }
         Self::listen_at(path).map_err(os)

@@ -75,15 +75,15 @@ impl Default for Config {
 }
 
 impl Config {
-    /// What `num_pages` says; an error is what is wrong with the size.
-    fn pages(&self, machine: &MachineShape) -> Result<u32, String> {
+    /// What `num_pages` says.
+    fn pages(&self, machine: &MachineShape) -> Result<u32, OpenError> {
         let Self { size, .. } = self;
         match u32::try_from(size.0 / PAGE) {
             Ok(pages) if size.0 < machine.memory && size.0.is_multiple_of(PAGE) => Ok(pages),
-            _ => Err(format!(
+            _ => Err(Self::refused(format!(
                 "size={size} does not fit; give multiples of 4K below the guest's {}",
                 ByteSize(machine.memory)
-            )),
+            ))),
         }
     }
 }
@@ -97,11 +97,10 @@ impl DeviceKind for Config {
     const LIVE: &'static [&'static str] = &["size", "stats"];
 
     fn open(&self, machine: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
-        let pages = self.pages(machine).map_err(|problem| OpenError::Value { kind: Self::NAME, problem })?;
+        let pages = self.pages(machine)?;
         let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)
-            .map_err(|errno| OpenError::Value {
-                kind: Self::NAME,
-                problem: format!("there is no timer ({errno}); raise the limit of open files"),
+            .map_err(|errno| {
+                Self::refused(format!("there is no timer ({errno}); raise the limit of open files"))
             })?;
         Ok(Box::new(Balloon::new(self, pages, *machine, timer)))
     }
@@ -362,9 +361,7 @@ impl VirtioDevice for Balloon {
 
     fn update(&mut self, config: &dyn std::any::Any) -> Result<(), UpdateError> {
         let Some(config) = config.downcast_ref::<Config>() else { return Ok(()) };
-        let pages = config
-            .pages(&self.machine)
-            .map_err(|problem| UpdateError::Value { kind: Config::NAME, problem })?;
+        let pages = config.pages(&self.machine)?;
         self.stats_interval = Duration::from_secs(config.stats.into());
         self.set_timer();
         if pages != self.shown.field(0) {

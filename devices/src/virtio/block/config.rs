@@ -109,7 +109,7 @@ impl DeviceKind for Config {
     const LIVE: &'static [&'static str] = &["path", "size"];
 
     fn open(&self, machine: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
-        let refuse = |problem| Err(OpenError::Value { kind: Self::NAME, problem });
+        let refuse = |problem: String| Err(Self::refused(problem));
         let id = self.id.as_deref().unwrap_or_default();
         if id.len() > ID_BYTES || !id.bytes().all(|b| b.is_ascii_graphic()) {
             return refuse(format!(

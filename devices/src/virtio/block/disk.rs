@@ -98,15 +98,16 @@ impl Disk {
         match &self.image {
             Some(image) => Ok(image.bytes()),
             // A block device has no size in its inode, but an end.
-            None => rustix::fs::seek(&self.fd, SeekFrom::End(0))
-                .map_err(|errno| refusal("disk", &self.path)(&errno.to_string(), "check that it is a disk")),
+            None => rustix::fs::seek(&self.fd, SeekFrom::End(0)).map_err(|errno| {
+                OpenError::file("disk", &self.path)(&errno.to_string(), "check that it is a disk")
+            }),
         }
     }
 
     /// The capacity in sectors, if it is to be `size` bytes: a file that is shorter is extended, of one that is
     /// longer the front is used. Without `size` it is what the file holds.
     pub fn capacity(&self, size: Option<u64>) -> Result<u64, OpenError> {
-        let error = refusal("disk", &self.path);
+        let error = OpenError::file("disk", &self.path);
         let held = self.bytes()?;
         if let Some(size) = size
             && size > held
@@ -129,7 +130,7 @@ impl Disk {
     }
 
     fn extend(&self, size: u64) -> Result<(), OpenError> {
-        let error = refusal("disk", &self.path);
+        let error = OpenError::file("disk", &self.path);
         let grown = match &self.image {
             _ if self.read_only => {
                 return Err(error(
@@ -146,17 +147,6 @@ impl Disk {
 
 const NO_DISK: &str = "give a disk image or a block device";
 
-/// How a file of kind `what` at `path` is refused: with a reason and a remedy.
-pub fn refusal(what: &'static str, path: &Path) -> impl Fn(&str, &str) -> OpenError {
-    let path = path.display().to_string();
-    move |reason, remedy| OpenError::File {
-        what,
-        path: path.clone(),
-        reason: reason.into(),
-        remedy: remedy.into(),
-    }
-}
-
 /// Opens and locks a file or a block device.
 ///
 /// The lock (flock) is shared by those who read and exclusive for who writes, so that two VMs cannot destroy a
@@ -167,7 +157,7 @@ pub fn open_locked(
     read_only: bool,
     direct: bool,
 ) -> Result<OwnedFd, OpenError> {
-    let error = refusal(what, path);
+    let error = OpenError::file(what, path);
     let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
     let direct = if direct { OFlags::DIRECT } else { OFlags::empty() };
     // NONBLOCK: a FIFO must not keep us waiting before it is refused. Disks do not care.

@@ -34,7 +34,7 @@ use super::queue::{Queues, VirtQueue};
 use crate::model::{Counters, DeviceKind, HostSource, OpenError, Progress, UpdateError, VirtioDevice};
 pub use config::{Cache, Config, Format};
 use disk::Disk;
-pub(super) use disk::{open_locked, refusal};
+pub(super) use disk::open_locked;
 pub use engine::Kind as EngineKind;
 use engine::{Engine, Finished};
 use job::{Job, Step, Task};
@@ -428,7 +428,7 @@ impl VirtioDevice for Block {
                     disk.block(),
                     self.disk.block()
                 );
-                return Err(UpdateError::Value { kind: Config::NAME, problem });
+                return Err(Config::refused(problem).into());
             }
             let sectors = disk.capacity(size)?;
             self.disk = disk.into();

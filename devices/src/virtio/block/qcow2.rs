@@ -15,7 +15,7 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{FormatAccess, ShallowMapping, StorageOpenOptions};
 
-use super::disk::{open_locked, refusal};
+use super::disk::open_locked;
 use super::job::PUNCH;
 use crate::model::OpenError;
 
@@ -42,7 +42,7 @@ impl Image {
     ) -> Result<Self, OpenError> {
         let opener = Opener { direct, backing };
         let access = opener.qcow2(fd, path, read_only, 0)?;
-        let copy = fd.try_clone().map_err(|e| refusal("disk", path)(&e.to_string(), "try again"))?;
+        let copy = fd.try_clone().map_err(|e| OpenError::file("disk", path)(&e.to_string(), "try again"))?;
         Ok(Self { access: RwLock::new(access), fd: copy })
     }
 
@@ -136,7 +136,7 @@ impl Opener {
         read_only: bool,
         depth: usize,
     ) -> Result<FormatAccess<File>, OpenError> {
-        let error = refusal(if depth == 0 { "disk" } else { "backing file" }, path);
+        let error = OpenError::file(if depth == 0 { "disk" } else { "backing file" }, path);
         let broken =
             |e: io::Error| error(&format!("it is no qcow2 image ({e})"), "name its format with format=");
         let file = self.storage(fd, path, read_only).map_err(broken)?;
@@ -171,7 +171,7 @@ impl Opener {
         format: Option<&str>,
         depth: usize,
     ) -> Result<FormatAccess<File>, OpenError> {
-        let error = refusal("backing file", path);
+        let error = OpenError::file("backing file", path);
         let fd = open_locked("backing file", path, true, self.direct)?;
         match format {
             Some("qcow2") => self.qcow2(&fd, path, true, depth),

@@ -193,8 +193,7 @@ impl DeviceKind for Config {
         "A network interface: through passt without root, on a tap, or on a new tap as root";
 
     fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
-        let value = |problem| OpenError::Value { kind: Self::NAME, problem };
-        let (backend, pairs) = self.backend().map_err(value)?;
+        let (backend, pairs) = self.backend().map_err(Self::refused)?;
         let links = |taps: Vec<tap::Tap>| taps.into_iter().map(Link::Tap).collect();
         let (links, mac, boot) = match backend {
             Backend::User => {

@@ -16,9 +16,10 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
+use super::config::Config;
 use super::mac::MacAddr;
 use super::publish::{Protocol, Publish};
-use crate::model::OpenError;
+use crate::model::{DeviceKind, OpenError};
 
 /// Where it is looked for: never in PATH, which may name anything.
 const PLACES: [&str; 2] = ["/usr/bin/passt", "/usr/local/bin/passt"];
@@ -60,10 +61,9 @@ pub fn find() -> Option<&'static str> {
 
 /// Starts it for a guest with the address `mac`. It listens on the published ports when this returns.
 pub fn start(mac: MacAddr, publish: &[Publish]) -> Result<(OwnedFd, Passt), OpenError> {
-    let value = |problem: String| OpenError::Value { kind: "net", problem };
     let program = find().ok_or_else(|| {
         let [one, other] = PLACES;
-        value(format!(
+        Config::refused(format!(
             "user needs passt, which is neither at {one} nor at {other}; install the package passt"
         ))
     })?;
@@ -77,7 +77,7 @@ pub fn start(mac: MacAddr, publish: &[Publish]) -> Result<(OwnedFd, Passt), Open
                 io::ErrorKind::AddrNotAvailable => "this host does not have the address".into(),
                 _ => cause.to_string(),
             };
-            value(format!("publish={port}: {why}"))
+            Config::refused(format!("publish={port}: {why}"))
         })?;
     }
     match run(program, mac, publish, &[]) {
@@ -87,7 +87,7 @@ pub fn start(mac: MacAddr, publish: &[Publish]) -> Result<(OwnedFd, Passt), Open
         }
         result => result,
     }
-    .map_err(|Failure(words)| value(format!("passt did not start: {words}")))
+    .map_err(|Failure(words)| Config::refused(format!("passt did not start: {words}")))
 }
 
 /// What it said before it ended.

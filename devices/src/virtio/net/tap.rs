@@ -10,8 +10,9 @@ use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
+use super::config::Config;
 use super::header::HEADER_BYTES;
-use crate::model::OpenError;
+use crate::model::{DeviceKind, OpenError};
 
 /// Name of a tap of our own; the kernel puts a number at the end.
 const OWN_NAME: &str = "vmm%d";
@@ -114,9 +115,10 @@ pub fn make(queues: usize, mtu: Option<u16>) -> Result<(Vec<Tap>, Addresses), Op
 }
 
 fn not_permitted() -> OpenError {
-    let problem = "making a tap takes root; use --net user, or make one as root (ip tuntap add tap0 mode tap user \
-                   NAME) and use --net tap=tap0";
-    OpenError::Value { kind: "net", problem: problem.into() }
+    Config::refused(
+        "making a tap takes root; use --net user, or make one as root (ip tuntap add tap0 mode tap user \
+         NAME) and use --net tap=tap0",
+    )
 }
 
 /// Taps that were opened by whoever started us, a descriptor for each queue.
@@ -125,9 +127,9 @@ pub fn inherit(fds: &[RawFd]) -> Result<(Vec<Tap>, String), OpenError> {
     let mut taps = Vec::new();
     for &fd in fds {
         let wrong = |what: String| {
-            let problem =
-                format!("fd={fd}: {what}; open it with TUNSETIFF and IFF_TAP | IFF_NO_PI | IFF_VNET_HDR");
-            OpenError::Value { kind: "net", problem }
+            Config::refused(format!(
+                "fd={fd}: {what}; open it with TUNSETIFF and IFF_TAP | IFF_NO_PI | IFF_VNET_HDR"
+            ))
         };
         // SAFETY: all bytes zero is a valid ifreq.
         let mut request: libc::ifreq = unsafe { zeroed() };

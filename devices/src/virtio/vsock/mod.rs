@@ -4,6 +4,7 @@
 //! port and a newline once the guest has accepted; else the connection is closed. A guest that connects to a port
 //! of CID 2 gets the unix socket at the device's path with `_` and the port behind it.
 
+mod config;
 mod connection;
 mod listener;
 mod packet;
@@ -11,12 +12,10 @@ mod table;
 
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
 use super::buffers::Buffers;
@@ -24,8 +23,8 @@ use super::config_space::ConfigSpace;
 use super::poller::{Poller, Ready};
 use super::queue::{Chain, Queues, VirtQueue};
 use super::unix_listener::{UnixListener, new_socket};
-use crate::model::{Counters, DeviceKind, HostSource, MachineShape, OpenError, Progress, VirtioDevice};
-use crate::throttle::{Limits, TokenBucket};
+use crate::model::{Counters, DeviceKind, HostSource, OpenError, Progress, VirtioDevice};
+pub use config::Config;
 use connection::{Broken, Phase};
 use listener::Greeting;
 use packet::{HEADER_BYTES, HOST_CID, Header, Op, Ports, STREAM};
@@ -60,53 +59,6 @@ const CALL_AGAIN: Duration = Duration::from_millis(10);
 /// When to take connections again after there were no file descriptors for them.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
-/// Configuration of a socket device.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Config {
-    /// Where host programs connect, and the start of the paths of those that the guest connects to.
-    pub path: PathBuf,
-    /// The guest's CID.
-    #[serde(default = "default_cid")]
-    pub cid: u32,
-    /// Limit in bytes, both ways together.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bandwidth: Option<TokenBucket>,
-    /// Limit in packets, both ways together.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ops: Option<TokenBucket>,
-}
-
-/// The first that is free for guests.
-fn default_cid() -> u32 {
-    3
-}
-
-impl DeviceKind for Config {
-    const NAME: &'static str = "vsock";
-    const SYNTAX: &'static str = "path=SOCKET[,cid=NUMBER][,bandwidth=LIMIT][,ops=LIMIT]";
-    const HELP: &'static str = "Sockets between host (unix sockets at this path) and guest (vsock)";
-    const BARE_KEY: Option<&'static str> = Some("path");
-
-    fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
-        if matches!(self.cid, 0..=2 | u32::MAX) {
-            let problem = format!("cid {} is reserved; use one from 3 to {}", self.cid, u32::MAX - 1);
-            return Err(OpenError::Value { kind: Self::NAME, problem });
-        }
-        Ok(Box::new(Vsock::new(listener::listen(&self.path)?, self.cid.into())?))
-    }
-
-    fn limits(&self) -> Vec<Limits> {
-        vec![Limits { bandwidth: self.bandwidth, ops: self.ops }]
-    }
-
-    /// A device that is its own host program: its guest's calls come in as calls from the host.
-    #[cfg(any(test, feature = "specimen"))]
-    fn specimen() -> Box<dyn VirtioDevice> {
-        Box::new(Vsock::new(UnixListener::abstract_name(), 3).expect("a poller"))
-    }
-}
-
 /// The socket device.
 pub struct Vsock {
     cid: u64,
@@ -132,11 +84,10 @@ pub struct Vsock {
 
 impl Vsock {
     fn new(listener: UnixListener, cid: u64) -> Result<Self, OpenError> {
-        let poller = Poller::new(Some(listener.as_fd())).map_err(|errno| OpenError::Value {
-            kind: Config::NAME,
-            problem: format!(
+        let poller = Poller::new(Some(listener.as_fd())).map_err(|errno| {
+            Config::refused(format!(
                 "no file descriptors to watch its sockets with ({errno}); raise the limit (ulimit -n)"
-            ),
+            ))
         })?;
         Ok(Self {
             cid,

@@ -9,6 +9,8 @@ use super::guest_model::{CID, Guest, Packet, ROOM, Stream, read_now};
 use super::packet::{HEADER_BYTES, Header, NEITHER, NO_RECEIVE, NO_SEND, Op};
 use super::table::MAX_CONNECTIONS;
 use super::*;
+use crate::model::MachineShape;
+use crate::throttle::Limits;
 
 const RST: (u16, u32) = (Op::Rst as u16, 0);
 

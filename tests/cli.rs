@@ -181,6 +181,11 @@ fn a_console_does_not_go_over_what_the_machine_is_made_of() {
         ("--kernel k --disk d --serial file=hard", &["the machine's disk 'd'"]),
         ("--kernel k --rootfs d --serial file=./d", &["the machine's disk 'd'"]),
         ("--kernel k --config c.json", &["the machine's configuration"]),
+        (
+            "--kernel k --console file=soft",
+            &["'soft'", "the machine's kernel", "give --console another file"],
+        ),
+        ("--kernel k --pmem path=d --console file=hard", &["the machine's image 'd'"]),
     ] {
         let root = if arguments.contains("--rootfs") { "" } else { "--no-rootfs" };
         for dry in ["", "--dry-run"] {

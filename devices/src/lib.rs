@@ -6,6 +6,7 @@
 //!
 //! - [`model`]: the traits that a device implements, and those it is handed.
 //! - [`virtio`]: queues, transports and one file per virtio device.
+//! - [`log_file`]: where the output of a console goes.
 //! - [`legacy`]: the few pieces of a PC that a Linux guest still looks for.
 //! - [`pci`]: the bus, its configuration spaces, and MSI-X.
 //! - [`params`] and [`size`]: configuration as people write it on a command line.
@@ -14,6 +15,7 @@
 //!   fuzz targets all come from it.
 
 pub mod legacy;
+pub mod log_file;
 pub mod model;
 pub mod params;
 pub mod pci;

@@ -4,17 +4,14 @@ mod config;
 mod quote;
 
 use std::ffi::OsString;
-use std::fs::OpenOptions;
 use std::io::Write;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::anyhow;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args};
-use rustix::io::Errno;
 use vmm_core::config::{BootProtocol, SerialConfig, Transport};
 use vmm_core::console::WhenFull;
 use vmm_core::devices::size::ByteSize;
@@ -228,33 +225,10 @@ fn raise_file_limit() {
 
 /// Checks what can be checked without making anything, and prints the configuration.
 fn dry_run(config: VmConfig) -> anyhow::Result<ExitStatus> {
-    if let SerialConfig::File(path) = &config.serial {
-        check_writable(path).map_err(|e| anyhow!("cannot write the console to '{}': {e}", path.display()))?;
-    }
     let mut json = serde_json::to_vec_pretty(&config)?;
     json.push(b'\n');
     Vm::builder(config).check()?;
     super::print(&json)
-}
-
-/// Whether a file can be written or made at `path`; neither is done.
-fn check_writable(path: &Path) -> std::io::Result<()> {
-    // Opening a FIFO waits for somebody who reads it; like this it fails when there is nobody.
-    let nonblock = rustix::fs::OFlags::NONBLOCK.bits() as i32;
-    match OpenOptions::new().write(true).custom_flags(nonblock).open(path) {
-        Err(error) if error.raw_os_error() == Some(Errno::NXIO.raw_os_error()) && is_fifo(path) => {
-            Err(std::io::Error::other("it is a FIFO that nobody reads"))
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            Ok(rustix::fs::access(dir, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK)?)
-        }
-        result => result.map(drop),
-    }
-}
-
-fn is_fifo(path: &Path) -> bool {
-    path.metadata().is_ok_and(|meta| meta.file_type().is_fifo())
 }
 
 /// How the command ends when a guest has ended like this. `command`: exit status of the command that it was

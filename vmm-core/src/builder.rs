@@ -1,8 +1,6 @@
 //! From a configuration to a machine.
 
-use std::fs::{File, TryLockError};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
@@ -13,6 +11,7 @@ use devices::legacy::i8042::{self, I8042};
 use devices::legacy::power::{self, PowerRegisters};
 use devices::legacy::pvpanic::{self, PvPanic};
 use devices::legacy::serial::{self, SerialPort};
+use devices::log_file::{self, LogFileError};
 use devices::model::{Identity, MachineEvents, MachineShape, OpenError, VirtioDevice};
 use devices::pci::Function;
 use devices::pci::root::{self, Ecam, Ports, Root};
@@ -21,8 +20,8 @@ use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
 use devices::virtio::pci::{self, PciNotifier, PciTransport};
 
 use crate::bus::Overlap;
-use crate::config::{ConfigError, SERIAL_FILE_MAX, SerialConfig, VmConfig};
-use crate::console::{self, ConsoleInput, ConsolePort, LimitedFile, OutputControl, WhenFull};
+use crate::config::{ConfigError, SerialConfig, VmConfig};
+use crate::console::{self, ConsoleFile, ConsoleInput, ConsolePort, OutputControl, WhenFull};
 use crate::hypervisor::kvm::KvmHypervisor;
 use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
 use crate::machine::{Inbox, Machine, Milestone, Milestones};
@@ -71,8 +70,8 @@ pub enum BuildError {
     Console {
         /// Its path as given.
         path: PathBuf,
-        /// What the kernel said.
-        source: io::Error,
+        /// What is wrong.
+        source: LogFileError,
     },
     /// The control thread could not be started.
     #[error("cannot start the control thread: {0}")]
@@ -104,8 +103,7 @@ impl VmBuilder {
     }
 
     /// Checks everything that [`Self::build`] does before it makes a machine: limits, files, devices, and whether
-    /// kernel and initrd fit in memory. Neither the hypervisor nor the console's file is opened, and a kernel may
-    /// be missing.
+    /// kernel and initrd fit in memory. The hypervisor is not opened, and a kernel may be missing.
     pub fn check(&self) -> Result<(), BuildError> {
         let config = &self.config;
         match config.validate() {
@@ -114,6 +112,7 @@ impl VmBuilder {
         }
         // All at once, as in a machine: a disk that is there twice cannot be locked twice.
         let mut devices = open_devices(config)?;
+        open_serial_file(&config.serial)?;
         let mut ram = GuestRam::new(config.memory.0, config.backing())?;
         place_windows(&mut ram, config, &mut devices)?;
         let kernel = config.kernel.as_deref();
@@ -221,36 +220,23 @@ fn open_serial(
     config: &SerialConfig,
     output: console::OutputWriter,
 ) -> Result<Box<dyn Write + Send>, BuildError> {
-    match config {
-        SerialConfig::Stdio => Ok(Box::new(output)),
-        SerialConfig::Null => Ok(Box::new(io::sink())),
-        SerialConfig::File(path) => {
-            let file = open_log(path).map_err(|source| BuildError::Console { path: path.clone(), source })?;
-            Ok(Box::new(LimitedFile::new(file, SERIAL_FILE_MAX)))
+    Ok(match (open_serial_file(config)?, config) {
+        (Some((mut file, path)), _) => {
+            file.begin().map_err(|error| BuildError::Console { path: path.into(), source: error.into() })?;
+            Box::new(file)
         }
-    }
+        (None, SerialConfig::Stdio) => Box::new(output),
+        (None, _) => Box::new(io::sink()),
+    })
 }
 
-/// Opens a file for the console and empties it, unless somebody uses it: every image that a machine has open is
-/// locked.
-fn open_log(path: &Path) -> io::Result<File> {
-    let file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        // Without waiting for somebody who reads what turns out to be a FIFO.
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)?;
-    if file.metadata()?.is_file() {
-        match file.try_lock() {
-            Ok(()) => file.set_len(0)?,
-            Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::other("it is in use as a disk or as another machine's console"));
-            }
-            Err(TryLockError::Error(error)) => return Err(error),
-        }
+/// The serial port's file, as it is, if it has one.
+fn open_serial_file(config: &SerialConfig) -> Result<Option<(ConsoleFile, &Path)>, BuildError> {
+    let SerialConfig::File(path) = config else { return Ok(None) };
+    match ConsoleFile::open(path, log_file::MAX) {
+        Ok(file) => Ok(Some((file, path))),
+        Err(source) => Err(BuildError::Console { path: path.clone(), source }),
     }
-    Ok(file)
 }
 
 /// A machine in the making.

@@ -104,12 +104,9 @@ pub enum SerialConfig {
     Stdio,
     /// Nowhere.
     Null,
-    /// To a file, of which at most [`SERIAL_FILE_MAX`] bytes are written.
+    /// To a file, of which at most [`devices::log_file::MAX`] bytes are written.
     File(PathBuf),
 }
-
-/// Most bytes that a guest can make its console file grow to.
-pub const SERIAL_FILE_MAX: u64 = 64 << 20;
 
 impl FromStr for SerialConfig {
     type Err = String;

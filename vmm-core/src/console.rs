@@ -4,12 +4,13 @@
 //! the guest waits. Input waits in a bounded buffer until the guest's driver listens.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::io::{self, Read, Write};
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::Duration;
 
 use devices::legacy::serial::SerialPort;
+use devices::log_file::{LogFile, LogFileError};
 use devices::model::BusDevice;
 
 /// Bytes of output that wait for a reader.
@@ -253,35 +254,37 @@ impl Write for ConsoleInput {
     }
 }
 
-/// A file that takes no more than a given number of bytes; the rest is dropped, with a last line that says so.
-pub(crate) struct LimitedFile {
-    file: File,
-    left: u64,
-}
+/// The last line of a console's file that is full.
+const NOTICE: &[u8] = b"\n[vmm: the console file is full, the rest is not written]\n";
 
-impl LimitedFile {
-    pub(crate) fn new(file: File, limit: u64) -> Self {
-        Self { file, left: limit }
+/// A file as the serial port's output, which is dropped once the file is full, with a last line that says so.
+pub(crate) struct ConsoleFile(LogFile);
+
+impl ConsoleFile {
+    /// Opens a file for `limit` bytes of output.
+    pub(crate) fn open(path: &Path, limit: u64) -> Result<Self, LogFileError> {
+        LogFile::open(path, limit + NOTICE.len() as u64).map(Self)
+    }
+
+    /// Output is going to come, see [`LogFile::begin`].
+    pub(crate) fn begin(&mut self) -> io::Result<()> {
+        self.0.begin()
     }
 }
 
-impl Write for LimitedFile {
+impl Write for ConsoleFile {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        const NOTICE: &[u8] = b"\n[vmm: the console file is full, the rest is not written]\n";
-        if self.left == 0 {
-            return Ok(data.len());
-        }
-        let n = data.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
-        self.file.write_all(&data[..n])?;
-        self.left -= n as u64;
-        if self.left == 0 {
-            self.file.write_all(NOTICE)?;
+        let room = self.0.room().saturating_sub(NOTICE.len());
+        let fits = &data[..data.len().min(room)];
+        self.0.write_all(fits)?;
+        if fits.len() == room && room > 0 {
+            self.0.write_all(NOTICE)?;
         }
         Ok(data.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        self.0.flush()
     }
 }
 
@@ -352,7 +355,8 @@ mod tests {
     fn a_console_file_stops_growing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
-        let mut file = LimitedFile::new(File::create(&path).unwrap(), 10);
+        let mut file = ConsoleFile::open(&path, 10).unwrap();
+        file.begin().unwrap();
         for _ in 0..5 {
             file.write_all(b"1234567").unwrap();
         }

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::SendFlags;
 use rustix::pty::OpenptFlags;
@@ -22,6 +22,7 @@ use super::config_space::ConfigSpace;
 use super::poller::{Poller, Ready};
 use super::queue::Queues;
 use super::unix_listener::UnixListener;
+use crate::log_file::{self, LogFile, LogFileError};
 use crate::model::{Counters, DeviceKind, HostSource, MachineShape, OpenError, Progress, VirtioDevice};
 
 /// receiveq of port 0: input for the guest.
@@ -31,8 +32,6 @@ const TX: u16 = 1;
 
 /// Bytes of output that are kept for a reader.
 pub const KEPT: usize = 64 << 10;
-/// Most bytes of a file that the guest fills.
-const FILE_MAX: u64 = 64 << 20;
 /// Most bytes that one request writes; a Linux guest's have a page.
 const MAX_REQUEST: usize = 1 << 20;
 /// Bytes after which other devices get a turn.
@@ -65,7 +64,7 @@ impl DeviceKind for Config {
 
     fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         let side = match (&self.file, &self.socket, self.pty, self.null) {
-            (Some(path), None, false, false) => Side::File(LogFile::open(path)?),
+            (Some(path), None, false, false) => Side::File(open_file(path)?),
             (None, Some(path), false, false) => {
                 let listener = UnixListener::bind("console socket", path, 0)?;
                 Side::Stream(Stream::new(Some(listener), None)?)
@@ -73,8 +72,7 @@ impl DeviceKind for Config {
             (None, None, true, false) => Side::Stream(Stream::new(None, Some(open_pty()?))?),
             (None, None, false, true) => Side::Null,
             _ => {
-                let problem = format!("it is one of {}; give exactly one", Self::SYNTAX);
-                return Err(OpenError::Value { kind: Self::NAME, problem });
+                return Err(Self::refused(format!("it is one of {}; give exactly one", Self::SYNTAX)));
             }
         };
         Ok(Box::new(Console::new(side)))
@@ -125,7 +123,7 @@ impl Console {
             let bytes = chain.readable.len();
             let lost = match &mut self.side {
                 Side::Null => false,
-                Side::File(file) => !file.append(chain.readable),
+                Side::File(file) => !append(file, chain.readable),
                 Side::Stream(stream) => !stream.write(chain.readable),
             };
             Counters::add(&self.counters.dropped, lost.into());
@@ -192,7 +190,8 @@ impl VirtioDevice for Console {
     fn activate(&mut self, _features: u64) {
         match &mut self.side {
             Side::Null => {}
-            Side::File(file) => file.begin(),
+            // What cannot be emptied is written over.
+            Side::File(file) => _ = file.begin(),
             Side::Stream(stream) => (stream.callers, stream.readable) = (true, true),
         }
     }
@@ -218,69 +217,31 @@ impl VirtioDevice for Console {
     fn reset(&mut self) {}
 }
 
-/// A file that takes output, up to a limit.
-struct LogFile {
-    fd: OwnedFd,
-    path: PathBuf,
-    written: u64,
-    /// It was not there before, and nothing has been written: a machine that is never started leaves none.
-    fresh: bool,
-    begun: bool,
+/// Opens the file that takes output.
+fn open_file(path: &Path) -> Result<LogFile, OpenError> {
+    let error = OpenError::file("console file", path);
+    LogFile::open(path, log_file::MAX).map_err(|cause| match &cause {
+        LogFileError::NoReader => error(&cause.to_string(), "start the reader first"),
+        LogFileError::Io(cause) if cause.kind() == ErrorKind::NotFound => {
+            error("no such directory", "make the directory first")
+        }
+        LogFileError::InUse | LogFileError::Io(_) => {
+            error(&cause.to_string(), "choose a file that you may write")
+        }
+    })
 }
 
-impl LogFile {
-    fn open(path: &Path) -> Result<Self, OpenError> {
-        let error = |reason: String, remedy: &str| OpenError::File {
-            what: "console file",
-            path: path.display().to_string(),
-            reason,
-            remedy: remedy.into(),
-        };
-        // NONBLOCK: a FIFO that nobody reads must not keep us waiting.
-        let flags = OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let mode = Mode::from_raw_mode(0o600);
-        let opened = match rustix::fs::open(path, flags | OFlags::CREATE | OFlags::EXCL, mode) {
-            Err(Errno::EXIST) => rustix::fs::open(path, flags, mode).map(|fd| (fd, false)),
-            other => other.map(|fd| (fd, true)),
-        };
-        let (fd, fresh) = opened.map_err(|errno| match errno {
-            Errno::NOENT => error("no such directory".into(), "make the directory first"),
-            Errno::NXIO => error("nobody reads it".into(), "start the reader first"),
-            errno => error(errno.to_string(), "choose a file that you may write"),
-        })?;
-        Ok(Self { fd, path: path.into(), written: 0, fresh, begun: false })
-    }
-
-    /// The guest's driver is there: what an earlier machine wrote goes, but only once.
-    fn begin(&mut self) {
-        if !std::mem::replace(&mut self.begun, true) {
-            let is_file = rustix::fs::fstat(&self.fd)
-                .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile);
-            _ = is_file.then(|| rustix::fs::ftruncate(&self.fd, 0));
+/// Writes at the end of the file. False: not all of it.
+fn append(file: &mut LogFile, mut data: Buffers<'_>) -> bool {
+    let room = file.room();
+    let fits = data.len() <= room;
+    data.truncate(room);
+    while !data.is_empty() {
+        if !matches!(file.write_with(|fd| data.write_to(fd, None)), Ok(1..)) {
+            return false;
         }
     }
-
-    /// Writes at the end. False: not all of it.
-    fn append(&mut self, mut data: Buffers<'_>) -> bool {
-        let room = FILE_MAX - self.written;
-        let fits = data.len() as u64 <= room;
-        data.truncate(room.min(usize::MAX as u64) as usize);
-        while !data.is_empty() {
-            match data.write_to(self.fd.as_fd(), None) {
-                Ok(n @ 1..) => self.written += n as u64,
-                Ok(0) | Err(_) => return false,
-            }
-        }
-        fits
-    }
-}
-
-impl Drop for LogFile {
-    fn drop(&mut self) {
-        if self.fresh && !self.begun {
-            _ = rustix::fs::unlink(&self.path);
-        }
-    }
+    fits
 }
 
 /// Whoever is at the other end.
@@ -315,9 +276,10 @@ impl Stream {
             }
             Ok(poller)
         };
-        let poller = watch().map_err(|errno| OpenError::Value {
-            kind: Config::NAME,
-            problem: format!("cannot watch its other end ({errno}); raise the limit of files (ulimit -n)"),
+        let poller = watch().map_err(|errno| {
+            Config::refused(format!(
+                "cannot watch its other end ({errno}); raise the limit of files (ulimit -n)"
+            ))
         })?;
         let kept = VecDeque::new();
         Ok(Self {
@@ -457,9 +419,10 @@ fn open_pty() -> Result<Client, OpenError> {
         rustix::io::ioctl_fionbio(&own, true)?;
         Ok((own, other, name.to_string_lossy().into_owned()))
     };
-    let (fd, other, name) = made().map_err(|error| OpenError::Value {
-        kind: Config::NAME,
-        problem: format!("cannot make a pseudo-terminal ({error}); use socket=PATH, or check /dev/pts"),
+    let (fd, other, name) = made().map_err(|error| {
+        Config::refused(format!(
+            "cannot make a pseudo-terminal ({error}); use socket=PATH, or check /dev/pts"
+        ))
     })?;
     tracing::info!(pty = name, "the console hvc0 is a pseudo-terminal");
     Ok(Client { fd, is_socket: false, other: Some(other) })

@@ -195,8 +195,7 @@ fn a_file_takes_output_up_to_its_limit_and_is_emptied_by_a_guest_only() {
     std::fs::write(&path, "old").unwrap();
     drop(open(&format!("file={}", path.display())).unwrap());
     assert_eq!(std::fs::read(&path).unwrap(), b"old");
-    let mut file = LogFile::open(&path).unwrap();
-    file.written = FILE_MAX - 8;
+    let file = LogFile::open(&path, 8).unwrap();
     let mut driver = start(Box::new(Console::new(Side::File(file))));
     driver.request(TX, &[b"hello"], &[]);
     driver.start(0);

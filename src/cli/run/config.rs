@@ -110,25 +110,41 @@ pub fn validate(config: &VmConfig, own_root: bool) -> anyhow::Result<()> {
     }
 }
 
-/// Refuses a file for the console that the machine is made of, because the console's is emptied. `file`: that
-/// of the configuration.
+/// Refuses a file for a console that the machine is made of, because a console's is emptied. `file`: that of the
+/// configuration.
 pub fn spare_own_files(config: &VmConfig, file: Option<&Path>) -> Result<(), UsageError> {
-    let SerialConfig::File(console) = &config.serial else { return Ok(()) };
     let disks = config.devices.iter().filter_map(|device| match device {
         DeviceConfig::Disk(disk) => Some((format!("disk '{}'", disk.path.display()), disk.path.as_path())),
+        DeviceConfig::Pmem(pmem) => Some((format!("image '{}'", pmem.path.display()), pmem.path.as_path())),
         _ => None,
     });
     let files =
         [("kernel", config.kernel.as_deref()), ("initrd", config.initrd.as_deref()), ("configuration", file)];
     let files = files.into_iter().filter_map(|(what, path)| Some((what.to_owned(), path?)));
-    let Some(ours) = identity(console) else { return Ok(()) };
-    match files.chain(disks).find(|(_, path)| identity(path) == Some(ours)) {
-        None => Ok(()),
-        Some((what, _)) => Err(UsageError(format!(
-            "the console would overwrite '{}', which is the machine's {what}; give --serial another file",
-            console.display()
-        ))),
+    let files: Vec<_> = files.chain(disks).filter_map(|(what, path)| Some((what, identity(path)?))).collect();
+    for (flag, console) in emptied(config) {
+        let ours = identity(console);
+        if let Some((what, _)) = files.iter().find(|(_, theirs)| Some(*theirs) == ours) {
+            return Err(UsageError(format!(
+                "the console would overwrite '{}', which is the machine's {what}; give {flag} another file",
+                console.display()
+            )));
+        }
     }
+    Ok(())
+}
+
+/// Files that a machine empties, with the flags that name them.
+fn emptied(config: &VmConfig) -> impl Iterator<Item = (&'static str, &Path)> {
+    let serial = match &config.serial {
+        SerialConfig::File(path) => Some(("--serial", path.as_path())),
+        SerialConfig::Stdio | SerialConfig::Null => None,
+    };
+    let consoles = config.devices.iter().filter_map(|device| match device {
+        DeviceConfig::Console(console) => Some(("--console", console.file.as_deref()?)),
+        _ => None,
+    });
+    serial.into_iter().chain(consoles)
 }
 
 /// What two names of one file or block device have in common; `None` for what cannot be overwritten.

@@ -197,8 +197,7 @@ pub trait VirtioDevice: Send {
     /// Finishes all requests in flight before it returns.
     fn drain(&mut self, _queues: &mut Queues<'_>) {}
 
-    /// What a Linux guest is to be told on its command line about this device, the `nth` (from 0) of its kind, that
-    /// only the open device knows; see also [`DeviceKind::kernel_parameters`].
+    /// What a Linux guest is to be told on its command line about this device, the `nth` (from 0) of its kind.
     fn kernel_parameters(&self, _nth: usize) -> Option<String> {
         None
     }
@@ -320,6 +319,9 @@ pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOw
     /// with nothing chosen.
     const ON_BY_DEFAULT: bool = false;
 
+    /// A Linux guest takes only one device of this kind, so that a machine has no more.
+    const SINGLE: bool = false;
+
     /// Keys, limits apart, whose values can change while the machine runs: see [`VirtioDevice::update`].
     const LIVE: &'static [&'static str] = &[];
 
@@ -350,11 +352,6 @@ pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOw
     /// The device gets a thread of its own.
     fn own_runner(&self) -> bool {
         false
-    }
-
-    /// What a Linux guest is to be told on its command line about the `nth` (from 0) device of this kind.
-    fn kernel_parameters(&self, _nth: usize) -> Option<String> {
-        None
     }
 
     /// A working device of this kind that needs neither root nor files of the user: conformance tests and

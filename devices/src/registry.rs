@@ -23,6 +23,8 @@ pub struct Kind {
     pub help: &'static str,
     /// See [`DeviceKind::ON_BY_DEFAULT`].
     pub on_by_default: bool,
+    /// See [`DeviceKind::SINGLE`].
+    pub single: bool,
     /// Parses the flag's value.
     pub parse: fn(&str) -> Result<DeviceConfig, ParamError>,
     /// A device for tests, see [`DeviceKind::specimen`].
@@ -49,6 +51,7 @@ macro_rules! registry {
                 syntax: <$config>::SYNTAX,
                 help: <$config>::HELP,
                 on_by_default: <$config>::ON_BY_DEFAULT,
+                single: <$config>::SINGLE,
                 parse: |text| params::from_str(text, <$config>::BARE_KEY).map(DeviceConfig::$variant),
                 #[cfg(any(test, feature = "specimen"))]
                 specimen: <$config>::specimen,
@@ -96,9 +99,9 @@ macro_rules! registry {
                 match self { $(Self::$variant(_) => <$config>::LIVE,)+ }
             }
 
-            /// See [`DeviceKind::kernel_parameters`].
-            pub fn kernel_parameters(&self, nth: usize) -> Option<String> {
-                match self { $(Self::$variant(config) => config.kernel_parameters(nth),)+ }
+            /// See [`DeviceKind::SINGLE`].
+            pub fn is_single(&self) -> bool {
+                match self { $(Self::$variant(_) => <$config>::SINGLE,)+ }
             }
         }
     };

@@ -26,6 +26,7 @@ fn flag(kind: &'static Kind) -> Arg {
     match kind.on_by_default {
         // Such a kind works with nothing chosen.
         true => arg.num_args(0..=1).default_missing_value("").help(format!("{} (on by default)", kind.help)),
+        false if kind.single => arg.help(kind.help),
         false => arg.help(format!("{}; repeatable", kind.help)),
     }
 }

@@ -450,11 +450,7 @@ fn command_line(
 
 /// What the open `devices` of `config` want the guest's kernel to know.
 fn device_parameters(config: &VmConfig, devices: &[Box<dyn VirtioDevice>]) -> Vec<String> {
-    let nth = |i: usize| {
-        let kind = config.devices[i].kind();
-        config.devices[..i].iter().filter(|other| other.kind() == kind).count()
-    };
-    devices.iter().enumerate().filter_map(|(i, device)| device.kernel_parameters(nth(i))).collect()
+    devices.iter().enumerate().filter_map(|(i, device)| device.kernel_parameters(config.nth(i))).collect()
 }
 
 /// What [`Parts::add_virtio`] makes.

@@ -180,6 +180,20 @@ pub enum ConfigError {
         /// The name.
         name: String,
     },
+    /// More than one device of a kind of which a guest takes one.
+    #[error("a Linux guest takes one {kind} device; leave the others out")]
+    Single {
+        /// The kind.
+        kind: &'static str,
+    },
+    /// Two devices have the root file system.
+    #[error("both '{first}' and '{second}' are to be the root file system; leave root out of one")]
+    Roots {
+        /// Name of one device.
+        first: String,
+        /// Name of the other.
+        second: String,
+    },
     /// More devices than places.
     #[error("{count} devices are too many; {max} is the limit{remedy}", max = Slots::max(*transport),
         remedy = transport.more())]
@@ -214,6 +228,14 @@ impl VmConfig {
         {
             return Err(ConfigError::DeviceName { name: name.clone() });
         }
+        let more = self.devices.iter().enumerate().find(|&(i, device)| device.is_single() && self.nth(i) > 0);
+        if let Some((_, device)) = more {
+            return Err(ConfigError::Single { kind: device.kind() });
+        }
+        let mut roots = self.devices.iter().zip(names).filter(|(device, _)| device.is_root());
+        if let (Some((_, first)), Some((_, second))) = (roots.next(), roots.next()) {
+            return Err(ConfigError::Roots { first, second });
+        }
         self.kernel_command_line(&[])?;
         // Last, so that this error says that all else is right.
         self.kernel.as_ref().map(|_| ()).ok_or(ConfigError::NoKernel)
@@ -234,13 +256,13 @@ impl VmConfig {
     }
 
     /// How many devices of its kind are before device `i`.
-    fn nth(&self, i: usize) -> usize {
+    pub(crate) fn nth(&self, i: usize) -> usize {
         self.devices[..i].iter().filter(|other| other.kind() == self.devices[i].kind()).count()
     }
 
-    /// The kernel command line of this machine: base, then what `devices` (the machine's own parameters) and
-    /// each device add, then [`Self::append`].
-    pub fn kernel_command_line(&self, devices: &[String]) -> Result<String, ConfigError> {
+    /// The kernel command line of this machine: base, then `parameters` (those of the machine and of its devices), then
+    /// [`Self::append`].
+    pub fn kernel_command_line(&self, parameters: &[String]) -> Result<String, ConfigError> {
         let base = self.cmdline.as_deref().unwrap_or(DEFAULT_CMDLINE);
         // Parameters go before the arguments of init.
         let (base, base_args) = split_command_line(base);
@@ -252,10 +274,7 @@ impl VmConfig {
             return Err(ConfigError::Cmdline { problem });
         }
         let mut words = vec![base.trim().to_owned()];
-        for (i, device) in self.devices.iter().enumerate() {
-            words.extend(device.kernel_parameters(self.nth(i)));
-        }
-        words.extend(devices.iter().cloned());
+        words.extend(parameters.iter().cloned());
         words.push(append.trim().to_owned());
         words.extend(init_args.filter(|args| !args.is_empty()).map(|args| format!("-- {args}")));
         words.retain(|word| !word.is_empty());

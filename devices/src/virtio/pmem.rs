@@ -63,7 +63,7 @@ impl DeviceKind for Config {
                 &format!("its size of {bytes} bytes is not a multiple of 2 MiB"),
                 "extend it with truncate(1), or add ',ro'",
             )),
-            (_, true) => Ok(Box::new(Pmem::new(fd, bytes, self.ro))),
+            (_, true) => Ok(Box::new(Pmem { root: self.root, ..Pmem::new(fd, bytes, self.ro) })),
         }
     }
 
@@ -84,11 +84,6 @@ impl DeviceKind for Config {
         !self.ro
     }
 
-    fn kernel_parameters(&self, nth: usize) -> Option<String> {
-        let mode = if self.ro { "ro" } else { "rw" };
-        self.root.then(|| format!("root=/dev/pmem{nth} {mode}"))
-    }
-
     #[cfg(any(test, feature = "specimen"))]
     fn specimen() -> Box<dyn VirtioDevice> {
         let fd = rustix::fs::memfd_create("specimen", rustix::fs::MemfdFlags::CLOEXEC).expect("memfd");
@@ -102,6 +97,7 @@ struct Pmem {
     fd: OwnedFd,
     bytes: u64,
     read_only: bool,
+    root: bool,
     config: Arc<ConfigSpace>,
     counters: Arc<Counters>,
     log: LogLimit,
@@ -113,7 +109,8 @@ impl Pmem {
         let mut config = [0; 16];
         config[8..].copy_from_slice(&bytes.next_multiple_of(Window::ALIGN).to_le_bytes());
         let config = Arc::new(ConfigSpace::read_only(&config));
-        Self { fd, bytes, read_only, config, counters: Arc::default(), log: LogLimit::default() }
+        let (counters, log) = (Arc::default(), LogLimit::default());
+        Self { fd, bytes, read_only, root: false, config, counters, log }
     }
 
     /// Makes durable what was written so far; returns `ret` of the requests for it.
@@ -186,6 +183,11 @@ impl VirtioDevice for Pmem {
             queue.push(chain.head, if told { size_of_val(&ret) as u32 } else { 0 });
         }
         if queue.exhausted() { Progress::More } else { Progress::Done }
+    }
+
+    fn kernel_parameters(&self, nth: usize) -> Option<String> {
+        let mode = if self.read_only { "ro" } else { "rw" };
+        self.root.then(|| format!("root=/dev/pmem{nth} {mode}"))
     }
 
     fn reset(&mut self) {}
@@ -317,11 +319,14 @@ mod tests {
     #[test]
     fn the_root_file_system_can_be_on_it() {
         let (_file, config) = image(2 << 20);
-        assert_eq!(config.kernel_parameters(0), None);
+        let told = |config: &Config, nth| {
+            config.open(&MachineShape::default()).expect("a device").kernel_parameters(nth)
+        };
+        assert_eq!(told(&config, 0), None);
         let root = Config { root: true, ..config };
-        assert_eq!(root.kernel_parameters(0).as_deref(), Some("root=/dev/pmem0 rw"));
+        assert_eq!(told(&root, 0).as_deref(), Some("root=/dev/pmem0 rw"));
         let root = Config { ro: true, ..root };
-        assert_eq!(root.kernel_parameters(1).as_deref(), Some("root=/dev/pmem1 ro"));
+        assert_eq!(told(&root, 1).as_deref(), Some("root=/dev/pmem1 ro"));
         assert!(root.is_root() && !root.own_runner());
     }
 }

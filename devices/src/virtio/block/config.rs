@@ -162,11 +162,6 @@ impl DeviceKind for Config {
         self.runner == Runner::Own
     }
 
-    fn kernel_parameters(&self, nth: usize) -> Option<String> {
-        let mode = if self.ro { "ro" } else { "rw" };
-        self.root.then(|| format!("root=/dev/vd{} {mode}", letters(nth)))
-    }
-
     #[cfg(any(test, feature = "specimen"))]
     fn specimen() -> Box<dyn VirtioDevice> {
         Box::new(Block::specimen(false))
@@ -195,7 +190,7 @@ impl Config {
 }
 
 /// How Linux names disk number `nth`: a to z, then aa, ab and so on.
-fn letters(nth: usize) -> String {
+pub fn letters(nth: usize) -> String {
     let last = char::from(b'a' + (nth % 26) as u8);
     match nth / 26 {
         0 => last.into(),

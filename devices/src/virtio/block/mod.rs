@@ -452,6 +452,11 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn kernel_parameters(&self, nth: usize) -> Option<String> {
+        let mode = if self.settings.ro { "ro" } else { "rw" };
+        self.settings.root.then(|| format!("root=/dev/vd{} {mode}", config::letters(nth)))
+    }
+
     fn reset(&mut self) {
         while self.engine.in_flight() > 0 {
             self.engine.wait();

@@ -445,12 +445,16 @@ fn a_disk_has_one_writer_or_many_readers() {
 
 #[test]
 fn the_guest_is_told_where_its_root_is() {
-    let root = |ro| Config { root: true, ro, ..Config::new(Path::new("x")) };
+    let disk = |settings: Config| {
+        let engine = engine::open(EngineKind::Threads).expect("threads");
+        Block::new(settings, Disk::specimen(false), engine, 1).expect("a disk")
+    };
+    let root = |ro| disk(Config { root: true, ro, ..Config::new(Path::new("x")) });
     assert_eq!(root(false).kernel_parameters(0).as_deref(), Some("root=/dev/vda rw"));
     assert_eq!(root(true).kernel_parameters(25).as_deref(), Some("root=/dev/vdz ro"));
     assert_eq!(root(true).kernel_parameters(26).as_deref(), Some("root=/dev/vdaa ro"));
     assert_eq!(root(true).kernel_parameters(27 * 26).as_deref(), Some("root=/dev/vdaaa ro"));
-    assert_eq!(Config::new(Path::new("x")).kernel_parameters(0), None);
+    assert_eq!(disk(Config::new(Path::new("x"))).kernel_parameters(0), None);
 }
 
 #[test]

@@ -35,6 +35,7 @@ impl DeviceKind for Config {
     const SYNTAX: &'static str = "path=SOCKET[,cid=NUMBER][,bandwidth=LIMIT][,ops=LIMIT]";
     const HELP: &'static str = "Sockets between host (unix sockets at this path) and guest (vsock)";
     const BARE_KEY: Option<&'static str> = Some("path");
+    const SINGLE: bool = true;
 
     fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         if matches!(self.cid, 0..=2 | u32::MAX) {

@@ -395,6 +395,11 @@ fn a_full_or_closed_output_is_no_panic() {
         assert_eq!(output.status.code(), Some(141), "{arguments}: {output:?}");
         assert!(output.stderr.is_empty(), "{output:?}");
     }
+    for arguments in ["--version", "--help", "run --help"] {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        let output = fixture.vmm(arguments).stdout(full).stderr(Stdio::piped()).output().unwrap();
+        assert_mistake(&output, 1, &["cannot write to standard output"]);
+    }
 }
 
 #[test]

@@ -8,6 +8,7 @@ mod man;
 mod run;
 mod usage;
 
+use std::io::ErrorKind::BrokenPipe;
 use std::io::Write;
 use std::time::Instant;
 
@@ -51,9 +52,13 @@ pub fn main(start: Instant) -> ExitStatus {
     {
         Ok(cli) => dispatch(cli.command, start),
         Err(error) if !error.use_stderr() || error.kind() == DisplayHelpOnMissingArgumentOrSubcommand => {
-            // Help or version. A reader that has seen enough is no error.
-            _ = error.print();
-            return if error.use_stderr() { ExitStatus::Usage } else { ExitStatus::Success };
+            // Help or version.
+            match error.print().and_then(|()| std::io::stdout().flush()) {
+                _ if error.use_stderr() => Ok(ExitStatus::Usage),
+                Err(cause) if cause.kind() != BrokenPipe => Err(cannot_write(&cause)),
+                // A reader that has seen enough is no error.
+                _ => Ok(ExitStatus::Success),
+            }
         }
         Err(error) => Err(usage::sentence(&error, &asked_for()).into()),
     };
@@ -116,10 +121,14 @@ pub(crate) fn say(sentence: &str) {
 fn print(bytes: &[u8]) -> anyhow::Result<ExitStatus> {
     let mut stdout = std::io::stdout().lock();
     match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitStatus::SIGPIPE),
-        Err(error) => Err(anyhow::anyhow!("cannot write to standard output: {error}")),
+        Err(error) if error.kind() == BrokenPipe => Ok(ExitStatus::SIGPIPE),
+        Err(error) => Err(cannot_write(&error)),
         Ok(()) => Ok(ExitStatus::Success),
     }
+}
+
+fn cannot_write(cause: &std::io::Error) -> anyhow::Error {
+    anyhow::anyhow!("cannot write to standard output: {cause}")
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! What the argument parser has to say, as one sentence.
 
-use clap::error::{ContextKind, ContextValue, Error};
+use clap::error::{ContextKind, ContextValue, Error, ErrorKind};
 
 use crate::exit::UsageError;
 
@@ -15,10 +15,19 @@ pub fn sentence(error: &Error, command: &str) -> UsageError {
         [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand, ContextKind::SuggestedValue];
     if let Some(similar) = suggestions.iter().find_map(|kind| error.get(*kind)).and_then(first) {
         sentence += &format!("; did you mean '{similar}'?");
+    } else if let Some(word) = stray_word(error).filter(|_| command.ends_with(" run")) {
+        sentence += &format!("; a command for the guest goes behind '--': '{command} -- {word}'");
+        sentence += &format!(", and see '{command} --help'");
     } else {
-        sentence += &format!("; see '{} --help'", command);
+        sentence += &format!("; see '{command} --help'");
     }
     UsageError(sentence)
+}
+
+/// The argument that belongs to no flag, and looks like none.
+fn stray_word(error: &Error) -> Option<&str> {
+    let word = error.get(ContextKind::InvalidArg).and_then(first)?;
+    (error.kind() == ErrorKind::UnknownArgument && !word.starts_with('-')).then_some(word)
 }
 
 fn first(value: &ContextValue) -> Option<&str> {

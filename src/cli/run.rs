@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::anyhow;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args};
+use serde::de::DeserializeOwned;
 use vmm_core::config::{BootProtocol, SerialConfig, Transport};
 use vmm_core::console::WhenFull;
 use vmm_core::devices::size::ByteSize;
@@ -78,7 +79,8 @@ pub struct RunArgs {
     ///
     /// Reserved pages are those of vm.nr_hugepages: all of the RAM is there, or the guest does not start. With
     /// transparent the host gives what it can.
-    #[arg(long, value_name = "KIND", help_heading = "Machine", value_parser = hugepages(),
+    #[arg(long, value_name = "KIND", help_heading = "Machine",
+        value_parser = named::<HugePages>(&["reserved", "transparent", "no"]),
         num_args = 0..=1, require_equals = true, default_missing_value = "reserved")]
     hugepages: Option<HugePages>,
 
@@ -91,11 +93,13 @@ pub struct RunArgs {
     mem_shared: bool,
 
     /// How the kernel is entered: auto takes PVH where the kernel offers it
-    #[arg(long, value_name = "PROTOCOL", help_heading = "Machine", value_parser = boot_protocol())]
+    #[arg(long, value_name = "PROTOCOL", help_heading = "Machine",
+        value_parser = named::<BootProtocol>(&["auto", "linux", "pvh"]))]
     boot_protocol: Option<BootProtocol>,
 
     /// How the guest reaches its devices: mmio boots faster, pci takes interrupts with fewer exits [default: mmio]
-    #[arg(long, value_name = "TRANSPORT", help_heading = "Machine", value_parser = transport())]
+    #[arg(long, value_name = "TRANSPORT", help_heading = "Machine",
+        value_parser = named::<Transport>(&["mmio", "pci"]))]
     transport: Option<Transport>,
 
     #[command(flatten)]
@@ -158,27 +162,12 @@ fn cpus(text: &str) -> Result<u8, String> {
     number.ok_or_else(|| format!("write a number from 1 to {MAX_CPUS}"))
 }
 
-fn hugepages() -> impl TypedValueParser<Value = HugePages> {
-    PossibleValuesParser::new(["reserved", "transparent", "no"]).map(|name| match name.as_str() {
-        "reserved" => HugePages::Reserved,
-        "transparent" => HugePages::Transparent,
-        _ => HugePages::No,
-    })
-}
-
-fn boot_protocol() -> impl TypedValueParser<Value = BootProtocol> {
-    PossibleValuesParser::new(["auto", "linux", "pvh"]).map(|name| match name.as_str() {
-        "linux" => BootProtocol::Linux,
-        "pvh" => BootProtocol::Pvh,
-        _ => BootProtocol::Auto,
-    })
-}
-
-fn transport() -> impl TypedValueParser<Value = Transport> {
-    PossibleValuesParser::new(["mmio", "pci"]).map(|name| match name.as_str() {
-        "pci" => Transport::Pci,
-        _ => Transport::Mmio,
-    })
+/// A value by one of the names that it has in a configuration.
+fn named<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+where
+    T: DeserializeOwned + Clone + Send + Sync + 'static,
+{
+    PossibleValuesParser::new(names).try_map(|name| serde_json::from_value::<T>(name.into()))
 }
 
 /// Runs the subcommand. `start` is when the process began.

@@ -21,7 +21,7 @@ use vmm_core::memory::HugePages;
 use vmm_core::x86_64::layout::MAX_CPUS;
 use vmm_core::{Milestone, StopReason, Vm, VmConfig};
 
-pub use config::default_root_disk as root_disk;
+pub use config::root_disk;
 
 use super::device_flags::DeviceFlags;
 use super::{logging, say};
@@ -48,7 +48,7 @@ pub struct RunArgs {
     ///
     /// Takes what --disk takes. Left out, and without --initrd: this project's own small root file system, as a
     /// private copy that is thrown away in the end.
-    #[arg(long, value_name = "PATH[,ro]", help_heading = "Machine", value_parser = config::root_disk)]
+    #[arg(long, value_name = "PATH[,ro]", help_heading = "Machine", value_parser = config::parse_root_disk)]
     rootfs: Option<block::Config>,
 
     /// Attach no root file system, not even this project's own

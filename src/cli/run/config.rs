@@ -18,12 +18,12 @@ use crate::exit::UsageError;
 const ROOT_ID: &str = "rootfs";
 
 /// The value of `--rootfs`: a disk.
-pub fn root_disk(text: &str) -> Result<block::Config, ParamError> {
+pub fn parse_root_disk(text: &str) -> Result<block::Config, ParamError> {
     Ok(as_root(params::from_str(text, Some("path"))?))
 }
 
 /// The root disk on the image at `path`, with nothing else chosen.
-pub fn default_root_disk(path: &Path) -> DeviceConfig {
+pub fn root_disk(path: &Path) -> DeviceConfig {
     DeviceConfig::Disk(as_root(block::Config::new(path)))
 }
 
@@ -31,10 +31,6 @@ fn as_root(mut disk: block::Config) -> block::Config {
     disk.root = true;
     disk.id.get_or_insert_with(|| ROOT_ID.into());
     disk
-}
-
-fn is_root(device: &DeviceConfig) -> bool {
-    matches!(device, DeviceConfig::Disk(disk) if disk.root)
 }
 
 /// The machine that `args` and `file` describe. Flags win, and device flags add.
@@ -56,11 +52,11 @@ pub fn merge(args: &RunArgs, file: ConfigFile) -> Result<VmConfig, UsageError> {
 
     let devices = &mut config.devices;
     if let Some(disk) = &args.rootfs {
-        devices.retain(|device| !is_root(device));
+        devices.retain(|device| !device.is_root());
         devices.insert(0, DeviceConfig::Disk(disk.clone()));
     }
     if args.no_rootfs {
-        devices.retain(|device| !is_root(device));
+        devices.retain(|device| !device.is_root());
     }
     devices.retain(|device| !args.devices.removed.contains(&device.kind()));
     for device in &args.devices.added {
@@ -98,7 +94,7 @@ pub fn validate(config: &VmConfig, own_root: bool) -> anyhow::Result<()> {
     let mut whole = config.clone();
     if own_root {
         // Nothing that is checked depends on where its image will be.
-        whole.devices.insert(0, default_root_disk(Path::new("rootfs")));
+        whole.devices.insert(0, root_disk(Path::new("rootfs")));
     }
     match whole.validate() {
         Ok(()) | Err(ConfigError::NoKernel) => Ok(()),
@@ -229,6 +225,9 @@ mod tests {
         let DeviceConfig::Disk(root) = &config.devices[0] else { panic!("a disk") };
         assert_eq!((root.ro, root.id.as_deref()), (true, Some("rootfs")));
         assert_eq!(devices(&machine(Some(FILE), &["--no-rootfs"]).unwrap()), ["disk d"]);
+        let pmem = r#"{"devices": [{"kind": "pmem", "path": "r", "root": true}]}"#;
+        assert_eq!(devices(&machine(Some(pmem), &["--rootfs", "n"]).unwrap()), ["disk n root"]);
+        assert_eq!(devices(&machine(Some(pmem), &["--no-rootfs"]).unwrap()), [""; 0]);
     }
 
     #[test]

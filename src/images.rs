@@ -28,9 +28,12 @@ fn explain_ring3(cpus: u8) -> String {
 /// Chooses the kernel for a machine that has none; builds it when it is not in the cache.
 pub fn provide_kernel(config: &mut VmConfig, quiet: bool) -> anyhow::Result<()> {
     if config.kernel.is_none() {
-        // A build takes minutes: what is wrong is better said before.
-        Vm::builder(config.clone()).check()?;
         let flavour = Flavour::for_host();
+        if kernel::cached(flavour).is_none() {
+            // A build takes minutes: what is wrong is better said before. Else it is said soon enough, and nothing is
+            // opened twice, which a reader of a FIFO would notice, and which starts passt twice.
+            Vm::builder(config.clone()).check()?;
+        }
         let built = kernel::build_or_cached(flavour, &mut *progress(quiet))?;
         if flavour == Flavour::Ring3 && !quiet {
             say(&explain_ring3(config.cpus));

@@ -506,3 +506,38 @@ fn timings_tell_how_far_the_guest_got() {
     assert_eq!(names.last(), Some(&"stopped"));
     assert!(rows.is_sorted_by(|a, b| a.0 <= b.0), "{table}");
 }
+
+#[test]
+fn a_fifo_has_one_writer_from_start_to_end() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    use rustix::fs::{CWD, FileType, Mode, OFlags};
+    let acceleration = harness::local_kvm().expect("this needs a /dev/kvm on this machine");
+    // In the cache, where the command looks for a kernel if it is given none.
+    harness::Kernel::ours(acceleration).file().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let [initrd, fifo] = ["initrd", "fifo"].map(|name| dir.path().join(name));
+    fs::write(&initrd, harness::initramfs().unwrap()).unwrap();
+    rustix::fs::mknodat(CWD, &fifo, FileType::Fifo, 0o600.into(), 0).unwrap();
+    let reader = rustix::fs::open(&fifo, OFlags::RDONLY | OFlags::NONBLOCK, Mode::empty()).unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_vmm"))
+        .args(["run", "--no-rootfs", "--serial", "null", "--append", "console=hvc0", "--console"])
+        .arg(format!("file={}", fifo.display()))
+        .arg("--initrd")
+        .arg(&initrd)
+        .args(["--", "sh", "-c", "echo hello"])
+        .stdin(Stdio::null())
+        .spawn()
+        .unwrap();
+    // Up to the end that a reader such as `cat` would see.
+    let mut output = Vec::new();
+    let deadline = Timespec { tv_sec: DEADLINE.as_secs() as i64, tv_nsec: 0 };
+    while poll(&mut [PollFd::new(&reader, PollFlags::IN)], Some(&deadline)).unwrap() > 0 {
+        let mut chunk = [0; 4096];
+        match rustix::io::read(&reader, &mut chunk).unwrap() {
+            0 => break,
+            n => output.extend(&chunk[..n]),
+        }
+    }
+    assert_eq!(end(&mut child).code(), Some(0));
+    assert!(String::from_utf8_lossy(&output).contains("hello"), "{output:?}");
+}

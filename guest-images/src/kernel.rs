@@ -111,6 +111,24 @@ impl Artefacts {
     }
 }
 
+/// The kernel, if it is in the cache: then [`build_or_cached`] returns it at once.
+#[must_use]
+pub fn cached(flavour: Flavour) -> Option<Artefacts> {
+    cached_in(&cache::directory().ok()?, flavour)
+}
+
+fn cached_in(base: &Path, flavour: Flavour) -> Option<Artefacts> {
+    let entry = base.join(SHELF).join(entry_name(flavour, &recipe::of(flavour)));
+    entry.exists().then(|| Artefacts::in_directory(flavour, &entry))
+}
+
+/// Where kernels are in the cache.
+const SHELF: &str = "kernel";
+
+fn entry_name(flavour: Flavour, recipe: &recipe::Recipe) -> String {
+    format!("{flavour}-{}", recipe.hash())
+}
+
 /// The kernel from the cache, `kernel/<flavour>-<hash of the recipe>/`; built first when it is not there, which
 /// takes minutes. Processes that want the same kernel wait for the one that builds it. An interrupted build
 /// leaves no kernel, and its files go with the next build.
@@ -130,9 +148,9 @@ pub fn build_or_cached_in(
     flavour: Flavour,
     progress: &mut dyn Progress,
 ) -> Result<Artefacts, KernelError> {
-    let shelf = Shelf::open(base, "kernel")?;
+    let shelf = Shelf::open(base, SHELF)?;
     let recipe = recipe::of(flavour);
-    let name = format!("{flavour}-{}", recipe.hash());
+    let name = entry_name(flavour, &recipe);
     let entry = shelf.entry(&name);
     if !entry.exists() {
         let lock = shelf.lock(&name)?;
@@ -166,11 +184,12 @@ mod tests {
     fn a_cached_kernel_is_not_built_again() {
         let base = tempfile::tempdir().unwrap();
         for flavour in [Flavour::Standard, Flavour::Ring3] {
-            let name = format!("{flavour}-{}", recipe::of(flavour).hash());
-            let entry = base.path().join("kernel").join(name);
+            assert_eq!(cached_in(base.path(), flavour), None);
+            let entry = base.path().join(SHELF).join(entry_name(flavour, &recipe::of(flavour)));
             fs::create_dir_all(&entry).unwrap();
             fs::write(entry.join("vmlinux"), "kernel").unwrap();
             let artefacts = build_or_cached_in(base.path(), flavour, &mut NoSteps).unwrap();
+            assert_eq!(cached_in(base.path(), flavour).as_ref(), Some(&artefacts));
             assert_eq!(fs::read(&artefacts.vmlinux).unwrap(), b"kernel");
             assert_eq!(artefacts.bzimage.is_some(), flavour == Flavour::Standard);
         }

@@ -7,8 +7,9 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use harness::{Disk, Guest, Needs, Place, Process, Program, Signal, tools_image};
+use harness::{Disk, Guest, Live, Needs, Place, Process, Program, Signal, tools_image};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use serde_json::json;
 
 /// fio on the second disk: random blocks of all sizes with a checksum in each, read back and compared.
 const VERIFY: &str = "fio --name=v --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=16 --rw=randrw \
@@ -144,5 +145,56 @@ fn a_host_that_refuses_writes_is_an_error_to_the_guest_and_no_more() -> Result<(
     guest.send("\n")?;
     let run = guest.wait()?;
     run.ok()?.expect_line(if here { "failed to write" } else { "all written" })?.expect_line("still read")?;
+    Ok(())
+}
+
+/// A guest with a block device of the host's as its second disk, on the file `image` of a file system of 16 MiB.
+fn on_block_device(options: serde_json::Value) -> Result<Live<'static>> {
+    let mut live = Live::at(&Place::with_root()?)?;
+    live.at_the_end("losetup -d $(cat device); umount small");
+    // The module is there or built in; another test may be faster and take the free device.
+    let attach = "for i in 1 2 3 4 5; do d=$(losetup -f) && losetup $d small/image && echo $d > device && break; done; cat device";
+    let make = "mkdir small && mount -t tmpfs -o size=16m none small && truncate -s 64M small/image";
+    let device = live.on_host(&format!("{make} && {{ modprobe loop 2>/dev/null; {attach}; }}"))?;
+    let mut device = json!({"kind": "disk", "path": device.trim()});
+    device.as_object_mut().context("an object")?.extend(options.as_object().context("an object")?.clone());
+    Ok(live.device(device))
+}
+
+#[test]
+fn a_disk_that_fails_to_read_is_an_error_to_the_guest_and_no_more() -> Result<()> {
+    for engine in ["io_uring", "threads"] {
+        let line = "echo up; read x; dd if=/dev/vdb bs=64k skip=500 count=1 of=/dev/null 2>/dev/null && echo read || echo failed; \
+                    dd if=/dev/vdb bs=64k count=1 of=/dev/null 2>/dev/null && echo still read; read x";
+        let mut guest = on_block_device(json!({"cache": "none", "engine": engine}))?.start(line)?;
+        guest.expect("up\r\n")?;
+        // The device is as large as before, and answers EIO behind its file's end.
+        guest.on_host("truncate -s 1M small/image")?;
+        guest.send("")?;
+        guest.expect("failed\r\n")?;
+        guest.expect("still read\r\n")?;
+        ensure!(guest.counter("disk1", "host_errors")? > 0, "nobody counted it");
+        guest.send("")?;
+        guest.wait()?.ok()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_fails_when_it_is_flushed_is_an_error_to_the_guest_and_no_more() -> Result<()> {
+    for engine in ["io_uring", "threads"] {
+        // All writes go to the host's memory, and it finds out later that there is no room below the device.
+        let line = "dd if=/dev/urandom of=/tmp/x bs=1M count=32 2>/dev/null; \
+                    dd if=/tmp/x of=/dev/vdb bs=64k oflag=direct 2>/dev/null && echo all written; \
+                    dd if=/tmp/x of=/dev/vdb bs=64k count=1 conv=fsync 2>/dev/null && echo durable || echo not durable; \
+                    echo alive; read x";
+        let mut guest = on_block_device(json!({"engine": engine}))?.start(line)?;
+        guest.expect("all written\r\n")?;
+        guest.expect("not durable\r\n")?;
+        guest.expect("alive\r\n")?;
+        ensure!(guest.counter("disk1", "host_errors")? > 0, "nobody counted it");
+        guest.send("")?;
+        guest.wait()?.ok()?;
+    }
     Ok(())
 }

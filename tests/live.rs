@@ -4,7 +4,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use harness::{Live, RunningLive, smaps};
+use harness::{Live, Needs, NetNs, Place, RunningLive, smaps};
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -257,6 +257,50 @@ fn limits_of_a_disk_come_and_go_while_it_is_written() -> Result<()> {
     assert_eq!(after["throttled"], counters["throttled"], "nothing waits without a limit");
     ensure!(after["bytes_from_guest"] >= 32 * MIB, "{after:?}");
     assert_eq!([after["host_errors"], after["guest_mistakes"]], [0; 2]);
+    guest.send("")?;
+    guest.wait()?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn limits_of_a_network_come_and_go_while_it_carries_bytes() -> Result<()> {
+    let net = NetNs::new(&Place::choose(Needs::AnyKvm)?)?;
+    let listener = net.start("busybox nc -l -p 5001 | sha256sum")?;
+    let line = "dd if=/dev/urandom of=/tmp/x bs=1M count=16 2>/dev/null; sha256sum < /tmp/x; echo up; read x; \
+                nc -w 20 10.77.0.1 5001 < /tmp/x; echo sent; read x";
+    let mut guest = Live::within(&net)?.start(line)?;
+    let before = guest.expect("up\r\n")?;
+    let sum = before.lines().find(|line| line.trim().ends_with(" -")).unwrap_or_default().trim().to_owned();
+    guest.update("net0", &json!({"tx_bandwidth": "2M/1s", "rx_ops": "100/1s"}))?;
+    guest.send("")?;
+    let some = until_counter(&mut guest, "net0", "throttled", |count| count > 0)?;
+    until_counter(&mut guest, "net0", "throttled", |count| count > some + 1)?;
+    let counters = guest.update("net0", &json!({"tx_bandwidth": null, "rx_ops": null}))?;
+    ensure!(counters["bytes_from_guest"] < 16 * MIB, "it was not in the middle: {counters:?}");
+    guest.expect("sent")?;
+    assert_eq!(listener.wait(DEADLINE)?.ok()?.trim(), sum);
+    let after = guest.counters("net0")?;
+    assert_eq!(after["throttled"], counters["throttled"], "nothing waits without a limit");
+    ensure!(after["bytes_from_guest"] >= 16 * MIB, "{after:?}");
+    guest.send("")?;
+    guest.wait()?.ok()?;
+    Ok(())
+}
+
+#[test]
+fn limits_of_random_numbers_come_and_go() -> Result<()> {
+    let line = "echo up; read x; dd if=/dev/hwrng bs=4k count=64 2>/dev/null | wc -c; echo done; read x";
+    let mut guest = Live::new()?.device(json!({"kind": "rng"})).start(line)?;
+    guest.expect("up\r\n")?;
+    guest.update("rng0", &json!({"bandwidth": "4K/1s"}))?;
+    let before = guest.counters("rng0")?;
+    guest.send("")?;
+    until_counter(&mut guest, "rng0", "throttled", |count| count > before["throttled"])?;
+    let counters = guest.update("rng0", &json!({"bandwidth": null}))?;
+    guest.expect("262144\r\n")?;
+    let after = guest.counters("rng0")?;
+    assert_eq!(after["throttled"], counters["throttled"], "nothing waits without a limit");
+    ensure!(after["bytes_to_guest"] >= before["bytes_to_guest"] + (256 << 10), "{after:?}");
     guest.send("")?;
     guest.wait()?.ok()?;
     Ok(())

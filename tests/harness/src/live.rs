@@ -1,13 +1,13 @@
 //! A guest whose devices change while it runs, through the library's example `live`.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use crate::guest::{DEADLINE, Run, Running};
 use crate::kernel::Kernel;
+use crate::net::{GUEST_ADDRESS, HOST_ADDRESS, NetNs, TAP};
 use crate::place::{Needs, Place};
 use crate::process::Program;
 use crate::{binaries, report};
@@ -16,24 +16,32 @@ use crate::{binaries, report};
 pub type Counters = BTreeMap<String, u64>;
 
 /// A machine that is described as the library knows it, and then runs. Its root file system is an image that it reads only.
-pub struct Live {
+pub struct Live<'a> {
     place: Place,
+    within: Option<&'a NetNs>,
     config: Value,
     files: Files,
 }
 
-impl Live {
+impl<'a> Live<'a> {
     /// A machine of 256 MiB with the demo's root file system.
     pub fn new() -> Result<Self> {
-        Self::with_root(&crate::demo_image()?)
+        Self::at(&Place::choose(Needs::AnyKvm)?)
     }
 
-    /// A machine of 256 MiB with this root file system.
-    pub fn with_root(image: &Path) -> Result<Self> {
-        let place = Place::choose(Needs::AnyKvm)?;
-        let root = json!({"kind": "disk", "path": place.provide(image)?, "ro": true, "root": true});
-        let files = Files::new(&place)?;
-        Ok(Self { place, config: json!({"devices": [root]}), files })
+    /// As [`Self::new`], at this place.
+    pub fn at(place: &Place) -> Result<Self> {
+        let root =
+            json!({"kind": "disk", "path": place.provide(&crate::demo_image()?)?, "ro": true, "root": true});
+        let config = json!({"devices": [root]});
+        Ok(Self { place: place.clone(), within: None, config, files: Files::new(place)? })
+    }
+
+    /// As [`Self::new`], with the VMM in this network namespace and its tap as the guest's network.
+    pub fn within(net: &'a NetNs) -> Result<Self> {
+        let mut live = Self::at(net.place())?.device(json!({"kind": "net", "tap": TAP}));
+        live.within = Some(net);
+        Ok(live)
     }
 
     /// Its RAM.
@@ -66,16 +74,26 @@ impl Live {
         self.files.shell(line)
     }
 
+    /// Runs a line of shell as well as [`Self::on_host`], when the machine has ended.
+    pub fn at_the_end(&mut self, line: &str) {
+        self.files.last.push(line.into());
+    }
+
     /// Boots it; `line` is shell for the guest, without double quotes.
     pub fn start(mut self, line: &str) -> Result<RunningLive> {
         let kernel = Kernel::Default.at(&self.place);
         self.config["kernel"] = self.place.provide(&kernel.file()?)?.into();
-        self.config["append"] = format!("-- sh -c \"{line}\"").into();
+        let ip = match self.within {
+            Some(_) => format!("ip={GUEST_ADDRESS}::{HOST_ADDRESS}:255.255.255.0::eth0:off"),
+            None => String::new(),
+        };
+        self.config["append"] = format!("{ip} -- sh -c \"{line}\"").into();
         report::boots(&kernel.describe(), &self.place)?;
         let config = tempfile::NamedTempFile::new()?;
         std::fs::write(config.path(), serde_json::to_vec(&self.config)?)?;
         let example = binaries::build(&["--package", "vmm-core", "--example", "live"])?;
         let program = Program::new([self.place.provide(&example)?, self.place.provide(config.path())?]);
+        let program = self.within.map_or(program.clone(), |net| net.within(&program));
         let guest = Running::start(program, self.place, DEADLINE, Vec::new(), kernel)?;
         let mut guest = RunningLive { guest, files: self.files, answered: 0, _config: config };
         // The file was read when the machine runs.
@@ -151,6 +169,8 @@ impl RunningLive {
 struct Files {
     place: Place,
     dir: String,
+    /// What to do before it is removed.
+    last: Vec<String>,
 }
 
 impl Files {
@@ -161,7 +181,7 @@ impl Files {
             _ => std::env::temp_dir().display().to_string(),
         };
         let dir = place.shell(&format!("mktemp -d {dir}/live.XXXXXX"))?.ok()?.trim().to_owned();
-        Ok(Self { place: place.clone(), dir })
+        Ok(Self { place: place.clone(), dir, last: Vec::new() })
     }
 
     fn shell(&self, line: &str) -> Result<String> {
@@ -171,6 +191,9 @@ impl Files {
 
 impl Drop for Files {
     fn drop(&mut self) {
+        for line in &self.last {
+            _ = self.shell(line);
+        }
         _ = self.place.shell(&format!("rm -r {}", self.dir));
     }
 }

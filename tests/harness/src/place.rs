@@ -40,6 +40,14 @@ impl Place {
         }
     }
 
+    /// A place for guests where tests are root: this machine if they are here, else the lab.
+    pub fn with_root() -> Result<Self> {
+        match rustix::process::geteuid().is_root() {
+            true => Self::choose(Needs::AnyKvm),
+            false => Ok(Self::Lab(Lab::shared()?)),
+        }
+    }
+
     /// Whether guests have VMX or SVM to run on; the lab's is emulated and counts.
     pub fn acceleration(&self) -> Acceleration {
         match self {

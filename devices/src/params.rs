@@ -89,6 +89,11 @@ pub fn from_str<T: DeserializeOwned>(text: &str, bare_key: Option<&str>) -> Resu
     T::deserialize(Params { items: split(text, bare_key)? })
 }
 
+/// Whether a configuration need not write `value` down: for `skip_serializing_if`.
+pub fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
 /// One key, with the values that it is given, in their order; `None` is that of a key alone.
 struct Item {
     key: String,

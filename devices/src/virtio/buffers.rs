@@ -200,15 +200,15 @@ impl<'m> Buffers<'m> {
     ///
     /// The pointers are good as long as `'m`.
     pub fn iovecs(&self) -> Vec<libc::iovec> {
-        self.slices[self.first..]
-            .iter()
-            .filter(|slice| !slice.is_empty())
-            .take(MAX_CHAIN)
-            .map(|slice| libc::iovec {
-                iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                iov_len: slice.len(),
-            })
-            .collect()
+        self.named().collect()
+    }
+
+    fn named(&self) -> impl Iterator<Item = libc::iovec> + '_ {
+        let left = self.slices[self.first..].iter().filter(|slice| !slice.is_empty());
+        left.take(MAX_CHAIN).map(|slice| libc::iovec {
+            iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+            iov_len: slice.len(),
+        })
     }
 
     /// Marks the first `n` bytes as written, after a system call wrote them behind vm-memory's back, and
@@ -217,19 +217,12 @@ impl<'m> Buffers<'m> {
         self.consume(n, |slice, _| slice.bitmap().mark_dirty(0, slice.len()));
     }
 
-    /// One `preadv`/`readv` from `file` into the buffers: at `offset`, or where a stream stands. Returns the
-    /// count of bytes, which are consumed.
-    pub fn read_from(&mut self, file: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
+    /// One `readv` from `file` into the buffers. Returns the count of bytes, which are consumed.
+    pub fn read_from(&mut self, file: BorrowedFd<'_>) -> io::Result<usize> {
         let iov = self.iovecs();
-        let count = iov.len() as libc::c_int;
-        // SAFETY: `iov` names `count` live ranges of guest memory, which stay mapped for `'m`. The guest may
-        // write to them meanwhile; the kernel does not care.
-        let n = retry(|| unsafe {
-            match offset {
-                Some(at) => libc::preadv64(file.as_raw_fd(), iov.as_ptr(), count, at as i64),
-                None => libc::readv(file.as_raw_fd(), iov.as_ptr(), count),
-            }
-        })?;
+        // SAFETY: `iov` names live ranges of guest memory, which stay mapped for `'m`. The guest may write to them
+        // meanwhile; the kernel does not care.
+        let n = retry(|| unsafe { libc::readv(file.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int) })?;
         self.wrote(n);
         Ok(n)
     }
@@ -264,21 +257,15 @@ impl<'m> Buffers<'m> {
         Ok(len)
     }
 
-    /// One `pwritev`/`writev` of the buffers to `file`: at `offset`, or where a stream stands. Returns the
-    /// count of bytes, which are consumed.
-    pub fn write_to(&mut self, file: BorrowedFd<'_>, offset: Option<u64>) -> io::Result<usize> {
+    /// One `writev` of the buffers to `file`. Returns the count of bytes, which are consumed.
+    pub fn write_to(&mut self, file: BorrowedFd<'_>) -> io::Result<usize> {
         let iov = self.iovecs();
-        let count = iov.len() as libc::c_int;
         // SAFETY: as in `read_from`; the kernel only reads the ranges.
-        let n = retry(|| unsafe {
-            match offset {
-                Some(at) => libc::pwritev64(file.as_raw_fd(), iov.as_ptr(), count, at as i64),
-                None => libc::writev(file.as_raw_fd(), iov.as_ptr(), count),
-            }
-        })?;
+        let n = retry(|| unsafe { libc::writev(file.as_raw_fd(), iov.as_ptr(), iov.len() as libc::c_int) })?;
         self.skip(n);
         Ok(n)
     }
+
     /// One `sendmsg` of the buffers to a stream socket, which neither waits nor raises SIGPIPE. Returns the count of
     /// bytes, which are consumed.
     pub fn send_to(&mut self, socket: BorrowedFd<'_>) -> io::Result<usize> {
@@ -316,19 +303,11 @@ impl Held {
         self.buffers.is_empty()
     }
 
-    /// Names the first `limit` bytes, or as many as [`MAX_CHAIN`] pieces hold, in `vectors`, which are good as
-    /// long as this lives. Nothing is consumed.
-    pub fn name(&self, limit: usize, vectors: &mut Vec<libc::iovec>) {
-        let mut room = limit;
+    /// Names as many bytes as [`MAX_CHAIN`] pieces hold in `vectors`, which are good as long as this lives. Nothing is
+    /// consumed.
+    pub fn name(&self, vectors: &mut Vec<libc::iovec>) {
         vectors.clear();
-        for slice in self.buffers.slices[self.buffers.first..].iter().filter(|slice| !slice.is_empty()) {
-            if room == 0 || vectors.len() == MAX_CHAIN {
-                break;
-            }
-            let iov_len = slice.len().min(room);
-            vectors.push(libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len });
-            room -= iov_len;
-        }
+        vectors.extend(self.buffers.named());
     }
 
     /// Marks the first `n` bytes as written, after a system call wrote them behind vm-memory's back, and
@@ -359,7 +338,7 @@ impl Held {
 }
 
 /// Runs a system call again while a signal interrupts it.
-fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+pub(super) fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     loop {
         match usize::try_from(call()) {
             Ok(n) => return Ok(n),

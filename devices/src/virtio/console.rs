@@ -24,6 +24,7 @@ use super::queue::Queues;
 use super::unix_listener::UnixListener;
 use crate::log_file::{self, LogFile, LogFileError};
 use crate::model::{Counters, DeviceKind, HostSource, MachineShape, OpenError, Progress, VirtioDevice};
+use crate::params::is_default;
 
 /// receiveq of port 0: input for the guest.
 const RX: u16 = 0;
@@ -50,10 +51,10 @@ pub struct Config {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub socket: Option<PathBuf>,
     /// A pseudo-terminal, whose name is in the log.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[serde(skip_serializing_if = "is_default")]
     pub pty: bool,
     /// Output is lost; there is no input.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    #[serde(skip_serializing_if = "is_default")]
     pub null: bool,
 }
 
@@ -237,7 +238,7 @@ fn append(file: &mut LogFile, mut data: Buffers<'_>) -> bool {
     let fits = data.len() <= room;
     data.truncate(room);
     while !data.is_empty() {
-        if !matches!(file.write_with(|fd| data.write_to(fd, None)), Ok(1..)) {
+        if !matches!(file.write_with(|fd| data.write_to(fd)), Ok(1..)) {
             return false;
         }
     }
@@ -334,7 +335,7 @@ impl Stream {
             let Some(client) = &self.client else { break };
             let sent = match client.is_socket {
                 true => data.send_to(client.fd.as_fd()),
-                false => data.write_to(client.fd.as_fd(), None),
+                false => data.write_to(client.fd.as_fd()),
             };
             if sent.is_err() {
                 break;
@@ -385,10 +386,9 @@ impl Stream {
         if !self.readable {
             return None;
         }
-        let read = self.client.as_ref().map(|client| room.read_from(client.fd.as_fd(), None));
+        let read = self.client.as_ref().map(|client| room.read_from(client.fd.as_fd()));
         match read {
             Some(Ok(n @ 1..)) => Some(n),
-            Some(Err(error)) if error.kind() == ErrorKind::Interrupted => Some(0),
             // The end of input is not the end of who reads the output: it may be `echo command | nc`.
             _ => {
                 self.readable = false;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tracing::debug;
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 
 use super::registers::{Registers, Ring};
 use super::transport::{Cause, Core, INTERRUPT_CONFIG, INTERRUPT_USED, Interrupts, Signal};
@@ -284,9 +285,9 @@ fn capability(kind: u8, offset: u64, length: u32, more: &[u8]) -> Vec<u8> {
 /// The PCI class of a device, for those who list devices; drivers look at the device ID.
 fn class(device_id: u32) -> u32 {
     match device_id {
-        1 => 0x02_0000,
-        2 => 0x01_8000,
-        3 => 0x07_8000,
+        VIRTIO_ID_NET => 0x02_0000,
+        VIRTIO_ID_BLOCK => 0x01_8000,
+        VIRTIO_ID_CONSOLE => 0x07_8000,
         _ => 0xff_0000,
     }
 }

@@ -8,6 +8,7 @@ use super::disk::Disk;
 use super::engine::{self, Kind};
 use super::{Block, ID_BYTES};
 use crate::model::{DeviceKind, MachineShape, OpenError, VirtioDevice};
+use crate::params::is_default;
 use crate::size::ByteSize;
 use crate::throttle::{Limits, TokenBucket};
 
@@ -57,10 +58,6 @@ pub struct Config {
     /// The guest's root file system is on it.
     #[serde(default)]
     pub root: bool,
-}
-
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
 }
 
 /// What is in a disk's file.

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::bounce::{Bounce, ZEROS};
 use super::disk::Disk;
 use super::request::Ticket;
-use crate::virtio::buffers::Held;
+use crate::virtio::buffers::{Held, retry};
 
 /// What a job is to do, as far as it is not done yet. Offsets are in bytes, and on the disk.
 #[derive(Debug)]
@@ -176,7 +176,7 @@ impl Job {
 
     /// Makes the vectors name the data that is left, or a copy of its front where the disk needs one.
     fn name_data(&mut self, write: bool) {
-        self.data.name(usize::MAX, &mut self.vectors);
+        self.data.name(&mut self.vectors);
         if !self.disk.takes(&self.vectors) {
             let bounce = self.bounce.get_or_insert_default();
             bounce.take(self.data.len());
@@ -280,23 +280,14 @@ impl Job {
     fn transfer(&self, write: bool, offset: u64, flags: libc::c_int) -> io::Result<usize> {
         let (fd, vectors) = (self.disk.fd().as_raw_fd(), &self.vectors);
         let (count, offset) = (vectors.len() as libc::c_int, offset as i64);
-        loop {
-            // SAFETY: the vectors name memory that lives as long as the job does. The guest may use it meanwhile;
-            // the kernel does not care.
-            let moved = unsafe {
-                match write {
-                    true => libc::pwritev2(fd, vectors.as_ptr(), count, offset, flags),
-                    false => libc::preadv2(fd, vectors.as_ptr(), count, offset, flags),
-                }
-            };
-            match usize::try_from(moved) {
-                Ok(moved) => return Ok(moved),
-                Err(_) => match io::Error::last_os_error() {
-                    error if error.kind() == io::ErrorKind::Interrupted => {}
-                    error => return Err(error),
-                },
+        // SAFETY: the vectors name memory that lives as long as the job does. The guest may use it meanwhile; the kernel
+        // does not care.
+        retry(|| unsafe {
+            match write {
+                true => libc::pwritev2(fd, vectors.as_ptr(), count, offset, flags),
+                false => libc::preadv2(fd, vectors.as_ptr(), count, offset, flags),
             }
-        }
+        })
     }
 
     /// Ends the job: what is left of a read's data is zeroed. The ticket is to be completed.

@@ -10,6 +10,7 @@ use super::link::Link;
 use super::stream::Stream;
 use super::{Boot, MacAddr, Net, Publish, Setup, passt, tap};
 use crate::model::{DeviceKind, MachineShape, OpenError, VirtioDevice};
+use crate::params::is_default;
 use crate::throttle::{Limits, TokenBucket};
 
 /// Most queue pairs of one interface.
@@ -78,10 +79,6 @@ impl<'de> Deserialize<'de> for Config {
         config.backend().map_err(de::Error::custom)?;
         Ok(config)
     }
-}
-
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
 }
 
 /// Which tap. Written as a name, or as `true` (on the command line: as nothing).

@@ -7,6 +7,7 @@
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{RecvFlags, SendFlags};
 
 use super::header::HEADER_BYTES;
@@ -116,17 +117,17 @@ impl Stream {
             return Err(ErrorKind::NotConnected.into());
         }
         let room = &mut self.inbox[self.end..];
-        let read = retry(|| rustix::net::recv(&self.socket, &mut *room, RecvFlags::DONTWAIT).map(|(n, _)| n));
+        let read = retry_on_intr(|| rustix::net::recv(&self.socket, &mut *room, RecvFlags::DONTWAIT));
         match read {
-            Ok(0) => {
+            Ok((0, _)) => {
                 self.down = true;
                 Err(ErrorKind::UnexpectedEof.into())
             }
-            Ok(n) => {
+            Ok((n, _)) => {
                 self.end += n;
                 Ok(())
             }
-            Err(error) => Err(self.failed(error)),
+            Err(errno) => Err(self.failed(errno.into())),
         }
     }
 
@@ -166,10 +167,10 @@ impl Stream {
     pub fn flush(&mut self) -> io::Result<()> {
         while !self.outbox.is_empty() {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match retry(|| rustix::net::send(&self.socket, &self.outbox, flags)) {
+            match retry_on_intr(|| rustix::net::send(&self.socket, &self.outbox, flags)) {
                 Ok(sent) => _ = self.outbox.drain(..sent),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                Err(error) => return Err(self.failed(error)),
+                Err(Errno::AGAIN) => break,
+                Err(errno) => return Err(self.failed(errno.into())),
             }
         }
         Ok(())
@@ -181,15 +182,6 @@ impl Stream {
             self.outbox.clear();
         }
         error
-    }
-}
-
-fn retry(mut call: impl FnMut() -> rustix::io::Result<usize>) -> io::Result<usize> {
-    loop {
-        match call() {
-            Err(rustix::io::Errno::INTR) => {}
-            result => return Ok(result?),
-        }
     }
 }
 

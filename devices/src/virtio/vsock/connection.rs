@@ -370,7 +370,7 @@ impl Connection {
     /// Reads from the host's socket what it has, as much as fits. 0: nothing now, or nothing ever again.
     fn read(&mut self, mut room: Buffers<'_>) -> usize {
         room.truncate(self.credit() as usize);
-        match room.read_from(self.socket.as_fd(), None) {
+        match room.read_from(self.socket.as_fd()) {
             Ok(len @ 1..) => {
                 self.sent = self.sent.wrapping_add(len as u32);
                 // At most the credit.

@@ -10,10 +10,22 @@ fn namespace() -> Result<NetNs> {
 }
 
 #[test]
-fn ping_works_both_ways() -> Result<()> {
+fn ping_works_both_ways_on_mmio() -> Result<()> {
+    ping_works_both_ways("mmio")
+}
+
+#[test]
+fn ping_works_both_ways_on_pci() -> Result<()> {
+    ping_works_both_ways("pci")
+}
+
+fn ping_works_both_ways(transport: &str) -> Result<()> {
     let net = namespace()?;
-    let mut guest =
-        Guest::new().net(&net).shell("ping -c 3 -W 5 10.77.0.1 && echo pinged; read x").start()?;
+    let mut guest = Guest::new()
+        .transport(transport)
+        .net(&net)
+        .shell("ping -c 3 -W 5 10.77.0.1 && echo pinged; read x")
+        .start()?;
     guest.expect("pinged")?;
     let answer = net.shell("busybox ping -c 3 -W 5 10.77.0.2")?;
     assert!(answer.contains(" 0% packet loss"), "{answer}");

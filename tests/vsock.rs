@@ -1,50 +1,26 @@
 //! Streams between guest and host, both ways, through real guests: the same program is at both ends.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
-
 use anyhow::{Result, ensure};
-use harness::{Exit, Guest, Needs, Place, Process, Program, Running, binaries, initramfs_with};
+use harness::{Exit, Process, Running, StreamPeer};
 
-/// Only there to end a hang.
-const DEADLINE: Duration = Duration::from_secs(120);
-
-/// A place with a directory for sockets, the peer, and an initramfs that has it too.
+/// The peer with a socket device's path.
 struct Setup {
-    place: Place,
-    dir: String,
-    peer: String,
-    initramfs: tempfile::NamedTempFile,
+    peer: StreamPeer,
 }
 
 impl Setup {
     fn new() -> Result<Self> {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let place = Place::choose(Needs::AnyKvm)?;
-        let binary = binaries::stream_peer()?;
-        let initramfs = tempfile::NamedTempFile::new()?;
-        std::fs::write(initramfs.path(), initramfs_with(&[("peer", &binary)])?)?;
-        let dir = format!("/tmp/vmm-vsock-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        place.shell(&format!("mkdir {dir}"))?.ok()?;
-        let peer = place.provide(&binary)?;
-        Ok(Self { place, dir, peer, initramfs })
+        Ok(Self { peer: StreamPeer::new()? })
     }
 
     /// The device's socket.
     fn socket(&self) -> String {
-        format!("{}/v", self.dir)
+        self.peer.path("v")
     }
 
     /// A guest with the device, whose console is as wide as any line.
     fn guest(&self, shell: &str) -> Result<Running<'static>> {
-        Guest::new()
-            .initrd(self.initramfs.path())
-            .memory("192M")
-            .arg("--vsock")
-            .arg(&self.socket())
-            .shell(shell)
-            .deadline(DEADLINE)
-            .start()
+        self.peer.guest().memory("192M").arg("--vsock").arg(&self.socket()).shell(shell).start()
     }
 
     /// A guest that serves port 5000 until somebody presses return.
@@ -54,35 +30,24 @@ impl Setup {
         Ok(guest)
     }
 
-    /// Starts the peer beside the guest.
-    fn start(&self, arguments: &[&str]) -> Result<Process> {
-        self.place.start(&Program::new([self.peer.as_str()].iter().chain(arguments).copied()))
-    }
-
     /// Runs the peer beside the guest to its end. `$G` is port 5000 of the guest.
-    fn peer(&self, arguments: &str) -> Result<String> {
+    fn run(&self, arguments: &str) -> Result<String> {
         let guest = format!("guest:{}:5000", self.socket());
         let arguments: Vec<String> = arguments.split(' ').map(|word| word.replace("$G", &guest)).collect();
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        self.start(&arguments)?.wait(DEADLINE * self.place.slowness())?.ok()
+        self.peer.start(&arguments)?.wait(self.peer.deadline())?.ok()
     }
 
     /// A peer beside the guest that serves the guest's calls to this port.
     fn host_serves(&self, port: u32) -> Result<Process> {
-        let mut serving = self.start(&["serve", &format!("unix:{}_{port}", self.socket())])?;
-        serving.expect("serving", DEADLINE)?;
+        let mut serving = self.peer.start(&["serve", &format!("unix:{}_{port}", self.socket())])?;
+        serving.expect("serving", self.peer.deadline())?;
         Ok(serving)
     }
 
     /// Whether there is anything left at the device's path.
     fn socket_exists(&self) -> Result<bool> {
-        Ok(self.place.shell(&format!("test -e {}", self.socket()))?.exit == Exit::Status(0))
-    }
-}
-
-impl Drop for Setup {
-    fn drop(&mut self) {
-        _ = self.place.shell(&format!("rm -r {}", self.dir));
+        Ok(self.peer.place().shell(&format!("test -e {}", self.socket()))?.exit == Exit::Status(0))
     }
 }
 
@@ -97,8 +62,8 @@ fn bytes_go_both_ways_whoever_calls() -> Result<()> {
     let setup = Setup::new()?;
     let guest = setup.serving()?;
     let bytes = 64 << 20;
-    setup.peer(&format!("send $G {bytes}"))?;
-    setup.peer(&format!("receive $G {bytes}"))?;
+    setup.run(&format!("send $G {bytes}"))?;
+    setup.run(&format!("receive $G {bytes}"))?;
     end(guest)?;
 
     let _host = setup.host_serves(7)?;
@@ -113,10 +78,10 @@ fn bytes_go_both_ways_whoever_calls() -> Result<()> {
 fn a_thousand_connections_at_once_whoever_calls() -> Result<()> {
     let setup = Setup::new()?;
     let guest = setup.serving()?;
-    let said = setup.peer("echo $G 1000")?;
+    let said = setup.run("echo $G 1000")?;
     ensure!(said.contains("echo: 1000 connections"), "{said}");
     // They have left nothing behind.
-    setup.peer("echo $G 1000")?;
+    setup.run("echo $G 1000")?;
     end(guest)?;
 
     let _host = setup.host_serves(7)?;
@@ -129,7 +94,7 @@ fn a_thousand_connections_at_once_whoever_calls() -> Result<()> {
 fn who_never_reads_holds_up_nobody_else() -> Result<()> {
     let setup = Setup::new()?;
     let guest = setup.serving()?;
-    let said = setup.peer("flood $G")?;
+    let said = setup.run("flood $G")?;
     ensure!(said.contains("stuck after"), "{said}");
     end(guest)?;
 
@@ -143,7 +108,7 @@ fn who_never_reads_holds_up_nobody_else() -> Result<()> {
 fn calls_that_nobody_takes_are_refused() -> Result<()> {
     let setup = Setup::new()?;
     let guest = setup.serving()?;
-    let said = setup.peer(&format!("refused guest:{}:5001", setup.socket()))?;
+    let said = setup.run(&format!("refused guest:{}:5001", setup.socket()))?;
     ensure!(said.contains("refused"), "{said}");
     end(guest)?;
     let run = setup.guest("peer refused vsock:2:9 && peer refused vsock:7:9")?.wait()?;
@@ -155,14 +120,14 @@ fn calls_that_nobody_takes_are_refused() -> Result<()> {
 fn the_end_of_a_machine_ends_its_connections_and_removes_its_socket() -> Result<()> {
     let setup = Setup::new()?;
     let guest = setup.serving()?;
-    let mut held = setup.start(&["wait-for-end", &format!("guest:{}:5000", setup.socket())])?;
-    held.expect("connected", DEADLINE)?;
+    let mut held = setup.peer.start(&["wait-for-end", &format!("guest:{}:5000", setup.socket())])?;
+    held.expect("connected", setup.peer.deadline())?;
     ensure!(setup.socket_exists()?, "it is there while the machine runs");
     let second = setup.guest("true")?.wait()?;
     ensure!(second.exit == Exit::Status(1) && second.stderr.contains("in use"), "{}", second.stderr);
     guest.signal(harness::Signal::TERM)?;
     guest.wait()?;
-    held.expect("ended", DEADLINE)?;
+    held.expect("ended", setup.peer.deadline())?;
     ensure!(!setup.socket_exists()?, "it is gone afterwards");
     Ok(())
 }
@@ -175,7 +140,7 @@ fn a_machine_that_was_killed_leaves_a_socket_that_the_next_one_replaces() -> Res
     guest.wait()?;
     ensure!(setup.socket_exists()?, "nobody could remove it");
     let guest = setup.serving()?;
-    setup.peer("echo $G 1")?;
+    setup.run("echo $G 1")?;
     end(guest)?;
     ensure!(!setup.socket_exists()?, "it is gone afterwards");
     Ok(())

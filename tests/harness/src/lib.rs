@@ -33,7 +33,9 @@ mod guest;
 mod initramfs;
 mod kernel;
 mod live;
+mod peer;
 mod place;
+mod scratch;
 mod tools;
 
 pub use disk::Disk;
@@ -42,6 +44,7 @@ pub use initramfs::{demo as initramfs, with_programs as initramfs_with};
 pub use kernel::Kernel;
 pub use live::{Counters, Live, RunningLive};
 pub use net::NetNs;
+pub use peer::StreamPeer;
 pub use place::{Acceleration, Needs, Place, local_kvm};
 pub use process::{Exit, Output, Process, Program, Signal};
 pub use tools::{image as tools_image, netload};

@@ -10,6 +10,7 @@ use crate::kernel::Kernel;
 use crate::net::{GUEST_ADDRESS, HOST_ADDRESS, NetNs, TAP};
 use crate::place::{Needs, Place};
 use crate::process::Program;
+use crate::scratch::Scratch;
 use crate::{binaries, report};
 
 /// Counters of a device, by name.
@@ -20,7 +21,7 @@ pub struct Live<'a> {
     place: Place,
     within: Option<&'a NetNs>,
     config: Value,
-    files: Files,
+    files: Scratch,
 }
 
 impl<'a> Live<'a> {
@@ -34,7 +35,7 @@ impl<'a> Live<'a> {
         let root =
             json!({"kind": "disk", "path": place.provide(&crate::demo_image()?)?, "ro": true, "root": true});
         let config = json!({"devices": [root]});
-        Ok(Self { place: place.clone(), within: None, config, files: Files::new(place)? })
+        Ok(Self { place: place.clone(), within: None, config, files: Scratch::new(place)? })
     }
 
     /// As [`Self::new`], with the VMM in this network namespace and its tap as the guest's network.
@@ -66,7 +67,7 @@ impl<'a> Live<'a> {
 
     /// The path of a file of the test's own where the VMM runs.
     pub fn path(&self, name: &str) -> String {
-        format!("{}/{name}", self.files.dir)
+        self.files.path(name)
     }
 
     /// Runs a line of shell where the VMM runs, among the test's own files.
@@ -76,7 +77,7 @@ impl<'a> Live<'a> {
 
     /// Runs a line of shell as well as [`Self::on_host`], when the machine has ended.
     pub fn at_the_end(&mut self, line: &str) {
-        self.files.last.push(line.into());
+        self.files.at_end(line.into());
     }
 
     /// Boots it; `line` is shell for the guest, without double quotes.
@@ -105,7 +106,7 @@ impl<'a> Live<'a> {
 /// A machine that runs.
 pub struct RunningLive {
     guest: Running<'static>,
-    files: Files,
+    files: Scratch,
     /// Bytes of its output up to the end of the last answer.
     answered: usize,
     _config: tempfile::NamedTempFile,
@@ -151,7 +152,7 @@ impl RunningLive {
 
     /// The path of a file of the test's own where the VMM runs.
     pub fn path(&self, name: &str) -> String {
-        format!("{}/{name}", self.files.dir)
+        self.files.path(name)
     }
 
     /// The VMM's process.
@@ -162,38 +163,5 @@ impl RunningLive {
     /// Waits until the VMM has ended.
     pub fn wait(self) -> Result<Run> {
         self.guest.wait()
-    }
-}
-
-/// A directory where the VMM runs.
-struct Files {
-    place: Place,
-    dir: String,
-    /// What to do before it is removed.
-    last: Vec<String>,
-}
-
-impl Files {
-    fn new(place: &Place) -> Result<Self> {
-        // Not in memory, where direct I/O and holes are other than on a disk.
-        let dir = match place {
-            Place::Lab(_) => "/scratch".into(),
-            _ => std::env::temp_dir().display().to_string(),
-        };
-        let dir = place.shell(&format!("mktemp -d {dir}/live.XXXXXX"))?.ok()?.trim().to_owned();
-        Ok(Self { place: place.clone(), dir, last: Vec::new() })
-    }
-
-    fn shell(&self, line: &str) -> Result<String> {
-        self.place.shell(&format!("cd {} && {{ {line}; }}", self.dir))?.ok()
-    }
-}
-
-impl Drop for Files {
-    fn drop(&mut self) {
-        for line in &self.last {
-            _ = self.shell(line);
-        }
-        _ = self.place.shell(&format!("rm -r {}", self.dir));
     }
 }

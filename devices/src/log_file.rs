@@ -22,7 +22,7 @@ pub enum LogFileError {
     #[error("it is a FIFO that nobody reads")]
     NoReader,
     /// Every file that a machine keeps open is locked.
-    #[error("it is in use as a disk or as another machine's console")]
+    #[error("it is in use as a disk or as another console")]
     InUse,
     /// The kernel refused it.
     #[error(transparent)]

@@ -15,7 +15,7 @@ mod stream;
 mod tap;
 
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
@@ -87,7 +87,7 @@ struct Pair {
 }
 
 /// The network device.
-pub struct Net {
+struct Net {
     pairs: Vec<Pair>,
     setup: Setup,
     queue_sizes: Vec<u16>,
@@ -137,13 +137,6 @@ impl Net {
             down: false,
             _passt: passt,
         }
-    }
-
-    /// An interface whose frames, behind a header of 12 bytes each, are the datagrams of a socket that does not
-    /// wait. It offers no offloads.
-    pub fn from_socket(socket: OwnedFd, mac: MacAddr) -> Self {
-        let setup = Setup { mac, mtu: None, mac_check: false, boot: None };
-        Self::new(vec![Link::Tap(tap::Tap::from_socket(socket))], setup, None)
     }
 
     /// Virtio 1.3 §5.1.2: a driver without VIRTIO_NET_F_MQ knows of one pair, and the control queue is behind it.

@@ -206,6 +206,7 @@ impl Tap {
     }
 
     /// Frames over a socket that keeps datagrams apart and does not wait. It does no offloads.
+    #[cfg(any(test, feature = "specimen"))]
     pub fn from_socket(fd: OwnedFd) -> Self {
         Self { fd, has_offloads: false, multi_queue: false, enabled: true }
     }

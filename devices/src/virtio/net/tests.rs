@@ -1,6 +1,6 @@
 //! The network device between a driver and a socket that stands in for the tap.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
@@ -33,7 +33,9 @@ fn pair() -> (OwnedFd, OwnedFd) {
 /// A driver of a network device, and the host's end of its socket.
 fn driver(features: u64) -> (Driver, OwnedFd) {
     let (device, host) = pair();
-    let mut driver = Driver::new(Box::new(Net::from_socket(device, MacAddr::from_name("test"))));
+    let setup = Setup { mac: MacAddr::from_name("test"), mtu: None, mac_check: false, boot: None };
+    let mut driver =
+        Driver::new(Box::new(Net::new(vec![Link::Tap(tap::Tap::from_socket(device))], setup, None)));
     driver.start(features);
     (driver, host)
 }

@@ -1,7 +1,7 @@
 //! The runner: an event loop on a thread that owns devices and their queues.
 //!
-//! Everything that all devices need around their logic is here, once: kicks, interrupt suppression, budgets,
-//! activation, reset, pause. All devices of a machine share one runner by default.
+//! What turns a device needs, its [`Unit`] knows; what calls for a turn is watched here: kicks, host sources, tokens that
+//! have come back. All devices of a machine share one runner, but for those that ask for one of their own.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;

@@ -63,6 +63,8 @@ fn attack(transport: &str, seed: u64) -> Result<()> {
         .within(&net)
         .arg("--transport")
         .arg(transport)
+        // What it says of a guest's mistakes has a bound even if it is to say all.
+        .arg("-vv")
         .shell(&line)
         .deadline(DEADLINE);
     let dir = tempfile::tempdir()?;

@@ -152,3 +152,16 @@ fn a_flood_of_resets_is_survived() -> Result<()> {
     assert_eq!(printed(guest)?, b"");
     Ok(())
 }
+
+#[test]
+fn a_flood_of_mistakes_is_a_few_lines_of_a_log_that_tells_all() -> Result<()> {
+    // mov ecx, 20000; again: mov [edi], ebx; dec ecx; jnz again — to a register that does not exist.
+    let flood = [0xb9, 0x20, 0x4e, 0, 0, 0x89, 0x1f, 0xff, 0xc9, 0x75, 0xfa];
+    let guest = Micro::new().write32(VIRTIO + 0x18, 0).raw(&[0x31, 0xdb]).raw(&flood).print("done").reset();
+    let run = Guest::new().kernel(Kernel::micro(&guest)?).arg("-vv").run()?;
+    run.ok()?.expect_text("done")?;
+    let lines = run.stderr.lines().filter(|line| line.contains("register that does not exist")).count();
+    // A few at once, and then one in ten seconds.
+    assert!((1..100).contains(&lines), "{lines} lines, such as {:?}", run.stderr.lines().last());
+    Ok(())
+}

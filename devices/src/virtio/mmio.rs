@@ -2,8 +2,6 @@
 
 use std::sync::Arc;
 
-use tracing::debug;
-
 use super::registers::Ring;
 use super::transport::{Cause, Core, Interrupts, Signal};
 use crate::model::{BusDevice, DeviceHost, Identity, IrqLine};
@@ -77,7 +75,7 @@ impl MmioTransport {
             0x80 | 0x84 => core.registers().write_queue_address(Ring::Desc, offset == 0x84, value),
             0x90 | 0x94 => core.registers().write_queue_address(Ring::Driver, offset == 0x94, value),
             0xa0 | 0xa4 => core.registers().write_queue_address(Ring::Device, offset == 0xa4, value),
-            _ => debug!(offset, value, "write to a virtio-mmio register that does not exist"),
+            _ => core.odd_write(offset, "a virtio-mmio register that does not exist"),
         }
     }
 }

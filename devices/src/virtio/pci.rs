@@ -6,7 +6,6 @@
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use tracing::debug;
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 
 use super::registers::{Registers, Ring};
@@ -189,7 +188,7 @@ impl PciTransport {
                 self.core.kick(((offset - NOTIFY) / NOTIFY_STEP) as u32);
             }
             TABLE..PBA => self.vectors().msix.write_table(offset - TABLE, data),
-            _ => debug!(offset, "write to a part of a virtio-pci BAR that cannot be written"),
+            _ => self.core.odd_write(offset, "a part of a virtio-pci BAR that cannot be written"),
         }
     }
 
@@ -245,7 +244,7 @@ impl PciTransport {
             (0x20 | 0x24, 4) => core.registers().write_queue_address(Ring::Desc, high, value),
             (0x28 | 0x2c, 4) => core.registers().write_queue_address(Ring::Driver, high, value),
             (0x30 | 0x34, 4) => core.registers().write_queue_address(Ring::Device, high, value),
-            _ => debug!(offset, width, value, "write to a virtio-pci register that does not exist"),
+            _ => core.odd_write(offset, "a virtio-pci register that does not exist"),
         }
     }
 

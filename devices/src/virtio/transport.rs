@@ -9,6 +9,7 @@ use tracing::debug;
 use super::config_space::ConfigSpace;
 use super::registers::{Registers, Status, StatusAction};
 use crate::model::{DeviceHost, Identity, Notifier};
+use crate::throttle::LogLimit;
 
 /// Interrupt status: buffers were used (virtio 1.3 §4.1.4.5, §4.2.2).
 pub const INTERRUPT_USED: u32 = 1;
@@ -94,6 +95,7 @@ pub struct Core<S> {
     config: Arc<ConfigSpace>,
     interrupts: Arc<Interrupts<S>>,
     host: Arc<dyn DeviceHost>,
+    log: LogLimit,
 }
 
 impl<S: Signal> Core<S> {
@@ -104,6 +106,7 @@ impl<S: Signal> Core<S> {
             config: device.config,
             interrupts,
             host,
+            log: LogLimit::default(),
         }
     }
 
@@ -125,7 +128,14 @@ impl<S: Signal> Core<S> {
     /// The driver writes to the configuration space.
     pub fn write_config(&self, offset: u64, data: &[u8]) {
         if !self.config.driver_write(offset, data) {
-            debug!(offset, "write to a read-only part of the configuration space");
+            self.odd_write(offset, "the configuration space, which is read-only there");
+        }
+    }
+
+    /// The driver writes to a place which does nothing. It may do so as often as it likes.
+    pub fn odd_write(&self, offset: u64, to: &str) {
+        if self.log.permits() {
+            debug!(offset, "a write to {to}");
         }
     }
 
@@ -144,7 +154,9 @@ impl<S: Signal> Core<S> {
             StatusAction::None => {}
             StatusAction::Activate => {
                 if let Err(error) = self.host.activate(registers.features(), registers.queues()) {
-                    debug!(%error, "the driver's configuration is refused");
+                    if self.log.permits() {
+                        debug!(%error, "the driver's configuration is refused");
+                    }
                     registers.activation_failed();
                     self.interrupts.needs_reset();
                 }

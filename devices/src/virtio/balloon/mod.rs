@@ -24,6 +24,7 @@ use crate::model::{
     Counters, DeviceKind, Facts, HostSource, MachineShape, OpenError, Progress, UpdateError, VirtioDevice,
 };
 use crate::size::ByteSize;
+use crate::throttle::LogLimit;
 use stats::Stats;
 
 /// Feature bits (virtio 1.3 §5.5.3).
@@ -168,6 +169,7 @@ struct Balloon {
     pfns: Vec<u32>,
     shown: Arc<Shown>,
     counters: Arc<Counters>,
+    log: LogLimit,
 }
 
 impl Balloon {
@@ -191,6 +193,7 @@ impl Balloon {
             pfns: Vec::new(),
             counters: Arc::new(Counters { own: Some(shown.clone()), ..Counters::default() }),
             shown,
+            log: LogLimit::default(),
         }
     }
 
@@ -280,7 +283,9 @@ impl Balloon {
 
     fn host_failed(&self, error: &io::Error) {
         Counters::add(&self.counters.host_errors, 1);
-        tracing::debug!("balloon: memory is not given back: {error}");
+        if self.log.permits() {
+            tracing::debug!("balloon: memory is not given back: {error}");
+        }
     }
 }
 

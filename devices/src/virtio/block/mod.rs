@@ -348,10 +348,10 @@ impl Block {
     /// Counts a failure of the host, and tells the operator of the first.
     fn host_failed(&mut self, error: &std::io::Error) {
         Counters::add(&self.counters.host_errors, 1);
-        let path = self.disk.path().display();
         if self.warned || self.warnings == MAX_WARNINGS {
-            return tracing::debug!("disk '{path}': {error}");
+            return;
         }
+        let path = self.disk.path().display();
         (self.warned, self.warnings) = (true, self.warnings + 1);
         tracing::warn!(
             "disk '{path}': {error}; the guest gets I/O errors, and more of them are only counted"

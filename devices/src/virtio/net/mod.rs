@@ -29,6 +29,7 @@ use super::buffers::Buffers;
 use super::config_space::ConfigSpace;
 use super::queue::{MAX_CHAIN, Queues};
 use crate::model::{Counters, HostSource, Progress, VirtioDevice};
+use crate::throttle::LogLimit;
 pub use config::{Config, TapChoice};
 use header::{HEADER_BYTES, Offloads};
 use link::{Link, Sent};
@@ -101,6 +102,7 @@ struct Net {
     counters: Arc<Counters>,
     /// The guest was told that its link is down.
     down: bool,
+    log: LogLimit,
     /// Ends with the device.
     _passt: Option<Passt>,
 }
@@ -135,6 +137,7 @@ impl Net {
             config,
             counters: Arc::default(),
             down: false,
+            log: LogLimit::default(),
             _passt: passt,
         }
     }
@@ -314,7 +317,9 @@ impl VirtioDevice for Net {
             && let Err(error) = tap.set_offload(guest_csum, tso4, tso6)
         {
             // Frames still arrive: the tap finishes them all.
-            tracing::debug!(%error, "the tap does not take the negotiated offloads");
+            if self.log.permits() {
+                tracing::debug!(%error, "the tap does not take the negotiated offloads");
+            }
             Counters::add(&self.counters.host_errors, 1);
         }
     }

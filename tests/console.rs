@@ -397,6 +397,32 @@ fn a_flood_that_nobody_reads_does_not_keep_a_signal_from_ending_it() {
 }
 
 #[test]
+fn a_flood_that_nobody_reads_makes_its_guest_wait_and_the_vmm_no_larger() {
+    // The most memory that a VMM ever had, in KiB, once all its threads wait.
+    let peak = |micro: &Micro| {
+        let guest = Guest::new(micro);
+        let (read, stdout) = rustix::pipe::pipe().unwrap();
+        let mut child = guest.command().stdout(stdout.try_clone().unwrap()).spawn().unwrap();
+        wait_until("the guest runs", || {
+            let mut up = [0; 3];
+            rustix::io::read(&read, &mut up).unwrap() == 3 && up == *b"up\n"
+        });
+        if micro.elf() == flood().elf() {
+            wait_until("the pipe is full", || is_full(&stdout));
+        }
+        wait_until("all threads wait", || sleeps(&child));
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap()
+    };
+    let (quiet, loud) = (peak(&idle()), peak(&flood()));
+    println!("{quiet} KiB at most without a flood, {loud} KiB with one");
+    assert!(loud < quiet + 2048, "{quiet} KiB become {loud}");
+}
+
+#[test]
 fn a_second_signal_does_not_wait_for_what_keeps_the_first_from_its_end() {
     let guest = Guest::new(&idle());
     // Nobody reads standard error, to which the timings go in the end.

@@ -210,6 +210,22 @@ fn statistics_are_kept_by_name_and_asked_for_when_the_timer_says_so() {
 }
 
 #[test]
+fn statistics_of_any_number_are_survived() {
+    let mut driver = driver(&Config::default());
+    let known = driver.counters.all().len() + stats::NAMES.len();
+    for (entries, wrong) in [(0, false), (64, false), (65, true), (5000, true)] {
+        let text: Vec<u8> =
+            (0..entries).flat_map(|tag: u16| [tag.to_le_bytes().to_vec(), vec![7; 8]].concat()).collect();
+        let before = mistakes(&driver);
+        driver.start(F_STATS_VQ);
+        driver.post(STATS, &[&text], &[]);
+        driver.kick(STATS);
+        assert_eq!(mistakes(&driver) > before, wrong, "{entries} entries");
+        assert!(driver.counters.all().len() <= known, "only what has a name is kept");
+    }
+}
+
+#[test]
 fn shared_memory_goes_back_too_and_huge_pages_stay() {
     use vm_memory::mmap::MmapRegionBuilder;
     use vm_memory::{Bytes, FileOffset, GuestAddress, GuestRegionMmap};

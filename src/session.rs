@@ -134,7 +134,7 @@ impl Session {
         _ = self.cause.set(cause);
         // It fails only when the main thread is on its way out.
         _ = self.events.send(Event::Hurry);
-        self.vm.request_stop();
+        self.vm.request_kill();
     }
 
     /// The thread that writes the guest's console to standard output.

@@ -80,7 +80,7 @@ fn a_machine_whose_console_nobody_reads_can_be_paused_and_stopped() {
     vm.pause().unwrap();
     vm.resume().unwrap();
     assert!(hypervisor.steps_done() < 300 << 10, "the guest waits for a reader");
-    vm.stop();
+    vm.kill();
     assert_eq!(vm.wait(), StopReason::Requested);
 }
 
@@ -151,16 +151,16 @@ fn only_legal_transitions_succeed() {
         assert_eq!(vm.state(), VmState::Running);
     }
     vm.pause().unwrap();
-    vm.stop();
+    vm.kill();
     assert_eq!(vm.state(), VmState::Stopped(StopReason::Requested));
     assert!(vm.start().is_err());
-    vm.stop();
+    vm.kill();
 }
 
 #[test]
 fn a_machine_that_never_ran_can_be_stopped_or_dropped() {
     let (vm, _, _dir) = machine(vec![], |config| config.cpus = 4);
-    vm.stop();
+    vm.kill();
     assert_eq!(vm.wait(), StopReason::Requested);
     drop(machine(vec![], |config| config.devices = vec![DeviceConfig::Rng(rng::Config::default())]));
 }
@@ -169,7 +169,7 @@ fn a_machine_that_never_ran_can_be_stopped_or_dropped() {
 fn every_vcpu_is_made_and_only_the_first_has_an_entry() {
     let (vm, hypervisor, _dir) = machine(vec![], |config| config.cpus = 32);
     vm.start().unwrap();
-    vm.stop();
+    vm.kill();
     hypervisor.observed(|seen| {
         assert_eq!(seen.vcpus, 32);
         assert_eq!(seen.boot_regs.map(|regs| regs.rip), Some(0x10_0000));
@@ -198,7 +198,7 @@ fn input_reaches_a_guest_that_listens_and_a_stopped_machine_takes_none() {
     while hypervisor.steps_done() < 4 {
         assert!(vm.wait_timeout(Duration::from_millis(5)).is_none());
     }
-    vm.stop();
+    vm.kill();
     hypervisor.observed(|seen| assert_eq!((seen.reads[0][0] & 1, &seen.reads[1][..]), (1, &b"x"[..])));
     assert!(vm.console_input().write_all(b"y").is_err());
 }
@@ -233,7 +233,7 @@ fn a_request_goes_through_transport_runner_and_interrupt() {
     while hypervisor.observed(|seen| seen.interrupts.is_empty()) {
         assert!(vm.wait_timeout(Duration::from_millis(5)).is_none());
     }
-    vm.stop();
+    vm.kill();
     hypervisor.observed(|seen| assert_eq!(seen.interrupts, [5]));
 }
 
@@ -250,7 +250,7 @@ fn a_device_with_a_broken_queue_asks_for_a_reset_and_works_after_it() {
     while hypervisor.steps_done() < steps {
         assert!(vm.wait_timeout(Duration::from_millis(5)).is_none());
     }
-    vm.stop();
+    vm.kill();
     hypervisor.observed(|seen| {
         let status: Vec<u8> = seen.reads.iter().map(|read| read[0]).collect();
         assert_eq!(status, [0x4f, 0x0f], "DEVICE_NEEDS_RESET, then a working device");
@@ -329,4 +329,51 @@ fn what_cannot_be_built_says_why() {
         let error = built.err().unwrap_or_else(|| panic!("{what} is refused")).to_string();
         assert!(error.contains(want) && !error.contains('\n'), "{error}");
     }
+}
+
+#[test]
+fn a_machine_tells_what_happens_to_it() {
+    use vmm_core::event::What;
+    let (vm, _, _dir) = machine(vec![out(0x505, 1), out(0x600, 5 << 2 | 1 << 5)], |_| ());
+    let live = std::thread::spawn({
+        let events = vm.events();
+        move || events.collect::<Vec<_>>()
+    });
+    vm.start().unwrap();
+    assert_eq!(vm.wait(), StopReason::GuestPanic);
+    let events: Vec<_> = vm.events().collect();
+    assert_eq!(live.join().unwrap(), events);
+    let position = |what: What| events.iter().position(|event| event.what == what).expect("it happened");
+    let states =
+        [VmState::Created, VmState::Running, VmState::Stopping, VmState::Stopped(StopReason::GuestPanic)];
+    let states = states.map(|state| position(What::State(state)));
+    assert!(states.is_sorted(), "{events:?}");
+    assert!((states[1]..states[2]).contains(&position(What::GuestPanic)), "{events:?}");
+    assert_eq!(states[3], events.len() - 1);
+}
+
+#[test]
+fn exits_are_counted_and_traced() {
+    use vmm_core::exits::{ExitCause, ExitCount};
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("kernel");
+    Micro::new().reset().write(&kernel).unwrap();
+    let script = vec![out(0x80, 1), out(0x80, 2), Step::TripleFault];
+    let builder = Vm::builder(VmConfig { kernel: Some(kernel), ..VmConfig::default() });
+    let vm = builder.hypervisor(Box::new(FakeHypervisor::new(script))).trace_exits(true).build().unwrap();
+    assert!(vm.usage().unwrap().memory > 0, "the kernel is in memory");
+    vm.start().unwrap();
+    vm.wait();
+    let entry = |cause, address, count| ExitCount { cause, address, count };
+    let entries = [entry(ExitCause::PortWrite, Some(0x80), 2), entry(ExitCause::End, None, 1)];
+    assert_eq!(vm.exits(), [entries]);
+    assert!(vm.usage().is_err());
+}
+
+#[test]
+fn a_guest_that_does_not_listen_to_the_power_button_is_killed_at_the_deadline() {
+    let (vm, _, _dir) = machine(vec![], |_| ());
+    vm.start().unwrap();
+    assert_eq!(vm.stop(Duration::from_millis(20)), StopReason::Requested);
+    assert_eq!(vm.stop(DEADLINE), StopReason::Requested);
 }

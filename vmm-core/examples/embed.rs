@@ -31,7 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
 
     let [first, second] = guests;
-    first.stop();
+    first.kill();
     println!("guest 0: {}", first.wait());
     println!("guest 1: {}", second.wait());
     for reader in readers {

@@ -15,18 +15,19 @@ use devices::log_file::{self, LogFileError};
 use devices::model::{Identity, MachineEvents, MachineShape, OpenError, VirtioDevice};
 use devices::pci::Function;
 use devices::pci::root::{self, Ecam, Ports, Root};
-use devices::throttle::Limits;
 use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
 use devices::virtio::pci::{self, PciNotifier, PciTransport};
 
 use crate::bus::Overlap;
 use crate::config::{ConfigError, SerialConfig, VmConfig};
 use crate::console::{self, ConsoleFile, ConsoleInput, ConsolePort, OutputControl, WhenFull};
+use crate::event::{Journal, What};
+use crate::exits::ExitLog;
 use crate::hypervisor::kvm::KvmHypervisor;
 use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
-use crate::machine::{Inbox, Machine, Milestone, Milestones};
+use crate::machine::{Inbox, Machine, Milestone};
 use crate::memory::{GuestRam, HugePages, RamError};
-use crate::runner::{Runner, RunnerError, UnitHandle};
+use crate::runner::{NewUnit, Runner, RunnerError, TellErrors, UnitHandle};
 use crate::vcpu::Buses;
 use crate::vm::{Message, Vm};
 use crate::window::WindowError;
@@ -83,11 +84,12 @@ pub struct VmBuilder {
     config: VmConfig,
     hypervisor: Option<Box<dyn Hypervisor>>,
     when_full: WhenFull,
+    trace_exits: bool,
 }
 
 impl VmBuilder {
     pub(crate) fn new(config: VmConfig) -> Self {
-        Self { config, hypervisor: None, when_full: WhenFull::default() }
+        Self { config, hypervisor: None, when_full: WhenFull::default(), trace_exits: false }
     }
 
     /// Uses `hypervisor` in place of KVM.
@@ -99,6 +101,12 @@ impl VmBuilder {
     /// What happens when nobody reads the guest's console.
     pub fn console_when_full(mut self, when_full: WhenFull) -> Self {
         self.when_full = when_full;
+        self
+    }
+
+    /// Tells exits apart by address, for [`Vm::exits`]. It costs each of them a look into a table.
+    pub fn trace_exits(mut self, trace: bool) -> Self {
+        self.trace_exits = trace;
         self
     }
 
@@ -135,9 +143,9 @@ impl VmBuilder {
     pub fn build(self) -> Result<Vm, BuildError> {
         self.config.validate()?;
         let kernel_path = self.config.kernel.clone().ok_or(ConfigError::NoKernel)?;
-        let milestones = Arc::new(Milestones::new());
+        let journal = Arc::new(Journal::new());
         let (control, messages) = mpsc::channel();
-        let inbox = Arc::new(Inbox::new(control.clone(), milestones.clone()));
+        let inbox = Arc::new(Inbox::new(control.clone(), journal.clone()));
         let hypervisor = match self.hypervisor {
             Some(hypervisor) => hypervisor,
             None => Box::new(KvmHypervisor::open()?),
@@ -156,15 +164,16 @@ impl VmBuilder {
         let kernel = kernel::load(ram.memory(), &kernel_path, config.boot_protocol)?;
         let initrd = config.initrd.as_deref();
         let initrd = initrd.map(|path| kernel::load_initrd(ram.memory(), path, &kernel)).transpose()?;
-        milestones.reach(Milestone::KernelLoaded);
+        journal.reach(Milestone::KernelLoaded);
 
         let vm = hypervisor.create_vm()?;
         vm.map_memory(&ram)?;
         // A kernel with ACPI believes that there is no i8254, one without may calibrate its clocks with it.
         vm.create_irqchip(!kernel.has_acpi)?;
-        milestones.reach(Milestone::VmCreated);
+        journal.reach(Milestone::VmCreated);
 
-        let mut parts = Parts { vm, ram, control, inbox, buses: Buses::default() };
+        let buses = Buses::default();
+        let mut parts = Parts { vm, ram, control, inbox, buses, journal };
         let slots = Slots::new(config.transport, devices.len());
         let cmdline = command_line(&config, &kernel, &slots, device_parameters(&config, &devices))?;
         let access = PciAccess::of(&kernel, &slots, &cmdline);
@@ -176,7 +185,8 @@ impl VmBuilder {
         // Last, because it empties a file.
         let (output, console, console_output) = console::output(self.when_full);
         let console_input = parts.add_legacy(open_serial(&config.serial, output)?, &console_output)?;
-        let Parts { vm, control, inbox, buses, .. } = parts;
+        let Parts { vm, ram, control, inbox, buses, journal } = parts;
+        let exits = (0..config.cpus).map(|_| Arc::new(ExitLog::new(self.trace_exits))).collect();
         let machine = Machine {
             idle,
             running: Vec::new(),
@@ -186,7 +196,9 @@ impl VmBuilder {
             power_button,
             console_input,
             console_output,
-            milestones,
+            journal,
+            exits,
+            ram,
             control,
             _vm: vm,
         };
@@ -246,6 +258,7 @@ struct Parts {
     control: Sender<Message>,
     inbox: Arc<Inbox>,
     buses: Buses,
+    journal: Arc<Journal>,
 }
 
 impl Parts {
@@ -299,11 +312,11 @@ impl Parts {
                 (false, Some(runner)) => &*runner,
                 (false, shared) => &*shared.insert(self.start_runner("virtio")?),
             };
-            let limits = config.limits();
+            let new = NewUnit { device, limits: config.limits(), tell_errors: self.tell_errors(&name) };
             let unit = match slots {
-                Slots::Mmio(slots) => self.add_mmio_device(runner, device, &limits, slots[i])?,
+                Slots::Mmio(slots) => self.add_mmio_device(runner, new, slots[i])?,
                 Slots::Pci(bars) => {
-                    let (unit, function) = self.add_pci_device(runner, device, &limits, bars[i])?;
+                    let (unit, function) = self.add_pci_device(runner, new, bars[i])?;
                     functions.push(function);
                     unit
                 }
@@ -312,6 +325,11 @@ impl Parts {
         }
         self.add_pci(access, functions)?;
         Ok((shared.into_iter().chain(own).collect(), units))
+    }
+
+    fn tell_errors(&self, device: &str) -> TellErrors {
+        let (journal, device) = (self.journal.clone(), device.to_owned());
+        Box::new(move |total| journal.record(What::DeviceErrors { device: device.clone(), total }))
     }
 
     fn start_runner(&self, name: &str) -> Result<Runner, RunnerError> {
@@ -325,13 +343,12 @@ impl Parts {
     fn add_mmio_device(
         &mut self,
         runner: &Runner,
-        device: Box<dyn VirtioDevice>,
-        limits: &[Limits],
+        new: NewUnit,
         slot: MmioSlot,
     ) -> Result<Arc<UnitHandle>, BuildError> {
         let notifier = MmioNotifier::new(self.vm.irq_line(slot.irq)?);
-        let identity = Identity::of(&*device);
-        let unit = runner.add(device, limits, notifier.clone(), self.ram.memory().clone())?;
+        let identity = Identity::of(&*new.device);
+        let unit = runner.add(new, notifier.clone(), self.ram.memory().clone())?;
         for (queue, event) in unit.kicks().iter().enumerate() {
             self.vm.signal_on_write(slot.addr + mmio::QUEUE_NOTIFY, Some(queue as u32), event)?;
         }
@@ -343,13 +360,12 @@ impl Parts {
     fn add_pci_device(
         &mut self,
         runner: &Runner,
-        device: Box<dyn VirtioDevice>,
-        limits: &[Limits],
+        new: NewUnit,
         bar: u32,
     ) -> Result<(Arc<UnitHandle>, Arc<PciTransport>), BuildError> {
-        let identity = Identity::of(&*device);
+        let identity = Identity::of(&*new.device);
         let notifier = PciNotifier::over(identity.queue_sizes.len(), self.vm.clone().msi_sender());
-        let unit = runner.add(device, limits, notifier.clone(), self.ram.memory().clone())?;
+        let unit = runner.add(new, notifier.clone(), self.ram.memory().clone())?;
         for (register, event) in
             (u64::from(bar) + pci::NOTIFY..).step_by(pci::NOTIFY_STEP as usize).zip(unit.kicks())
         {

@@ -8,25 +8,28 @@
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("vmm-core has no other architecture than x86_64 yet; see vmm-core/src/x86_64");
 
-pub mod bus;
 pub mod config;
 pub mod console;
 pub mod diagnosis;
+pub mod event;
+pub mod exits;
 pub mod hypervisor;
 pub mod memory;
-pub mod runner;
-pub mod state;
-pub mod vcpu;
-pub mod window;
 pub mod x86_64;
 
 mod builder;
+mod bus;
 mod machine;
+mod runner;
+mod state;
+mod vcpu;
 mod vm;
+mod window;
 
 pub use builder::{BuildError, VmBuilder};
 pub use config::VmConfig;
 pub use devices;
-pub use machine::{Milestone, Milestones};
-pub use state::{StopReason, VmState};
+pub use event::{Event, Events};
+pub use machine::{Milestone, Milestones, Usage};
+pub use state::{IllegalTransition, StopReason, VmState};
 pub use vm::{DeviceStatus, Vm, VmError};

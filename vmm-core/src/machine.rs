@@ -8,9 +8,12 @@ use std::time::{Duration, Instant};
 use devices::model::{IrqLine, MachineEvent, MachineEvents};
 
 use crate::console::{ConsoleInput, OutputControl};
+use crate::event::{Journal, What};
+use crate::exits::ExitLog;
 use crate::hypervisor::{HvError, HvVm, Vcpu};
+use crate::memory::GuestRam;
 use crate::runner::{Runner, RunnerError, UnitHandle};
-use crate::vcpu::{Buses, VcpuEnd, VcpuThread};
+use crate::vcpu::{Buses, VcpuEnd, VcpuThread, Watch};
 use crate::vm::Message;
 
 /// A point in a machine's life whose time is kept.
@@ -58,11 +61,11 @@ impl Milestones {
         Self { start: Instant::now(), micros: std::array::from_fn(|_| AtomicU64::new(u64::MAX)) }
     }
 
-    pub(crate) fn reach(&self, milestone: Milestone) {
+    /// Keeps the time of `milestone`; returns whether it is the first time, which is the only one that counts.
+    pub(crate) fn reach(&self, milestone: Milestone) -> bool {
         let now = self.start.elapsed().as_micros() as u64;
         let slot = &self.micros[milestone as usize];
-        // Only the first time counts; another thread may have been first.
-        _ = slot.compare_exchange(u64::MAX, now, Ordering::Relaxed, Ordering::Relaxed);
+        slot.compare_exchange(u64::MAX, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// When the build started, from where [`Self::get`] counts.
@@ -79,13 +82,24 @@ impl Milestones {
     }
 }
 
+/// What a machine has taken of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// CPU time of each vCPU's thread, in the guest and for it.
+    pub vcpus: Vec<Duration>,
+    /// CPU time of the devices' event loops. Helper threads of devices are not in it.
+    pub devices: Duration,
+    /// Bytes of the guest's RAM that are in the host's memory.
+    pub memory: u64,
+}
+
 /// Takes what devices report about the whole machine to its control thread. At most one message is under way,
 /// however often a guest pokes a register.
 pub(crate) struct Inbox {
     pending: AtomicU32,
     exit_status: AtomicU32,
     control: Sender<Message>,
-    milestones: Arc<Milestones>,
+    journal: Arc<Journal>,
 }
 
 const RESET: u32 = 1;
@@ -105,8 +119,8 @@ pub(crate) struct Reported {
 }
 
 impl Inbox {
-    pub fn new(control: Sender<Message>, milestones: Arc<Milestones>) -> Self {
-        Self { pending: AtomicU32::new(0), exit_status: AtomicU32::new(NO_STATUS), control, milestones }
+    pub fn new(control: Sender<Message>, journal: Arc<Journal>) -> Self {
+        Self { pending: AtomicU32::new(0), exit_status: AtomicU32::new(NO_STATUS), control, journal }
     }
 
     pub fn take(&self) -> Reported {
@@ -132,9 +146,13 @@ impl MachineEvents for Inbox {
             MachineEvent::PowerOff => POWER_OFF,
             MachineEvent::Panicked => PANICKED,
             MachineEvent::LastWords => LAST_WORDS,
-            MachineEvent::UserSpaceReached => return self.milestones.reach(Milestone::UserSpaceReached),
+            MachineEvent::UserSpaceReached => return self.journal.reach(Milestone::UserSpaceReached),
             MachineEvent::ExitStatus(status) => {
-                return self.exit_status.store(status.into(), Ordering::Release);
+                // However often a guest reports one, it is one event.
+                if self.exit_status.swap(status.into(), Ordering::AcqRel) == NO_STATUS {
+                    self.journal.record(What::ExitStatus(status));
+                }
+                return;
             }
         };
         if self.pending.fetch_or(bit, Ordering::AcqRel) == 0 {
@@ -157,7 +175,10 @@ pub(crate) struct Machine {
     pub power_button: Arc<dyn IrqLine>,
     pub console_input: ConsoleInput,
     pub console_output: OutputControl,
-    pub milestones: Arc<Milestones>,
+    pub journal: Arc<Journal>,
+    /// One a vCPU.
+    pub exits: Vec<Arc<ExitLog>>,
+    pub ram: GuestRam,
     pub control: Sender<Message>,
     pub _vm: Arc<dyn HvVm>,
 }
@@ -165,15 +186,15 @@ pub(crate) struct Machine {
 impl Machine {
     /// Lets all vCPUs run for the first time.
     pub fn start(&mut self) -> Result<(), HvError> {
-        self.milestones.reach(Milestone::Started);
+        self.journal.reach(Milestone::Started);
         for (id, vcpu) in std::mem::take(&mut self.idle).into_iter().enumerate() {
             let (id, control) = (id as u8, self.control.clone());
             let on_end = move |end: VcpuEnd| {
                 // It fails only when the machine is being taken down.
                 _ = control.send(Message::VcpuEnded(id, end));
             };
-            let (buses, milestones) = (self.buses.clone(), self.milestones.clone());
-            self.running.push(VcpuThread::start(id, vcpu, buses, milestones, on_end)?);
+            let watch = Watch { journal: self.journal.clone(), exits: self.exits[usize::from(id)].clone() };
+            self.running.push(VcpuThread::start(id, vcpu, self.buses.clone(), watch, on_end)?);
         }
         Ok(())
     }
@@ -184,6 +205,15 @@ impl Machine {
         self.running.iter().for_each(VcpuThread::pause);
         self.running.iter().for_each(VcpuThread::wait_parked);
         self.units.iter().try_for_each(|(_, unit)| unit.set_paused(true))
+    }
+
+    /// What the machine has taken of the host so far.
+    pub fn usage(&self) -> Usage {
+        Usage {
+            vcpus: self.running.iter().map(VcpuThread::cpu_time).collect(),
+            devices: self.runners.iter().map(Runner::cpu_time).sum(),
+            memory: self.ram.resident(),
+        }
     }
 
     /// Lets devices, then vCPUs, go on.

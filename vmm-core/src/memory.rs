@@ -24,6 +24,9 @@ pub const HUGE_PAGE: u64 = 2 << 20;
 /// Where the kernel says how many of them there are.
 const HUGE_PAGE_COUNTS: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
+/// How much memory is asked about at once: the answer is a byte a page.
+const RESIDENT_STEP: u64 = 64 << 20;
+
 /// Which pages of the host's guest memory is made of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -182,6 +185,25 @@ impl GuestRam {
     /// All that the guest can reach without an exit: RAM and windows.
     pub fn slots(&self) -> impl Iterator<Item = RamRegion> + '_ {
         self.regions().chain(self.windows.iter().map(|window| window.region()))
+    }
+
+    /// Bytes of the RAM that are in the host's memory.
+    pub fn resident(&self) -> u64 {
+        const PAGE: u64 = 4096;
+        let mut pages = vec![0_u8; (RESIDENT_STEP / PAGE) as usize];
+        let mut resident = 0;
+        for region in self.regions() {
+            for at in (0..region.len).step_by(RESIDENT_STEP as usize) {
+                let len = (region.len - at).min(RESIDENT_STEP);
+                let start = (region.host_addr + at) as *mut libc::c_void;
+                // SAFETY: the range is a mapping of ours, and the vector has a byte for each of its pages.
+                if unsafe { libc::mincore(start, len as usize, pages.as_mut_ptr()) } == 0 {
+                    let there = pages[..(len / PAGE) as usize].iter().filter(|&&page| page & 1 != 0);
+                    resident += there.count() as u64 * PAGE;
+                }
+            }
+        }
+        resident
     }
 
     /// Size of the RAM in bytes.

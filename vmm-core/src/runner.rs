@@ -6,9 +6,11 @@
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::vcpu::thread_time;
 use devices::GuestMemory;
 use devices::model::{
     ActivateError, Counters, DeviceHost, HostSource, Notifier, Progress, UpdateError, VirtioDevice,
@@ -26,6 +28,8 @@ use vmm_sys_util::timerfd::TimerFd;
 
 /// A limit of a token each few microseconds is served in portions.
 const SHORTEST_WAIT: Duration = Duration::from_millis(1);
+/// How often a device's failed requests are told at most: a guest can make them.
+const ERRORS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A runner could not be started, or has ended.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +61,28 @@ struct Subscriber {
     /// What is watched for the device while it is active.
     sources: Vec<HostSource>,
     paused: bool,
+    errors: ErrorWatch,
+}
+
+/// Looks whether requests have failed on the host's side, and tells so now and then.
+struct ErrorWatch {
+    /// How many have been told.
+    told: u64,
+    at: Option<Instant>,
+    tell: TellErrors,
+}
+
+/// Called, on the runner's thread, with the number of requests of a device that have failed on the host's side.
+pub type TellErrors = Box<dyn Fn(u64) + Send>;
+
+impl ErrorWatch {
+    fn look(&mut self, counters: &Counters) {
+        let errors = counters.host_errors.load(Ordering::Relaxed);
+        if errors > self.told && self.at.is_none_or(|at| at.elapsed() > ERRORS_INTERVAL) {
+            (self.told, self.at) = (errors, Some(Instant::now()));
+            (self.tell)(errors);
+        }
+    }
 }
 
 impl Subscriber {
@@ -163,7 +189,18 @@ impl MutEventSubscriber for Subscriber {
             TOKENS => self.serve_waiting(),
             _ => self.serve_source(data - SOURCE),
         }
+        self.errors.look(self.unit.counters());
     }
+}
+
+/// A device on its way to a runner.
+pub struct NewUnit {
+    /// The device, open.
+    pub device: Box<dyn VirtioDevice>,
+    /// Limits of its lanes.
+    pub limits: Vec<Limits>,
+    /// Whom to tell of its errors.
+    pub tell_errors: TellErrors,
 }
 
 /// A thread with an event loop that owns devices.
@@ -171,6 +208,7 @@ pub struct Runner {
     endpoint: RemoteEndpoint<Subscriber>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    tid: i32,
 }
 
 impl Runner {
@@ -179,9 +217,11 @@ impl Runner {
         let mut manager = EventManager::<Subscriber>::new()?;
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
+        let (started, tid) = mpsc::channel();
         let thread = std::thread::Builder::new().name(name.into()).spawn({
             let stop = stop.clone();
             move || {
+                _ = started.send(rustix::thread::gettid().as_raw_nonzero().get());
                 let run = std::panic::AssertUnwindSafe(|| {
                     while !stop.load(Ordering::Acquire) {
                         if let Err(error) = manager.run() {
@@ -196,23 +236,29 @@ impl Runner {
                 }
             }
         })?;
-        Ok(Self { endpoint, stop, thread: Some(thread) })
+        let tid = tid.recv().map_err(|_| std::io::Error::from(std::io::ErrorKind::BrokenPipe))?;
+        Ok(Self { endpoint, stop, thread: Some(thread), tid })
     }
 
-    /// Moves `device`, with these limits for its lanes, to this runner. The handle is what its transport talks to.
+    /// Time that the thread has run.
+    pub fn cpu_time(&self) -> Duration {
+        thread_time(self.tid)
+    }
+
+    /// Moves a device to this runner. The handle is what its transport talks to.
     pub fn add(
         &self,
-        device: Box<dyn VirtioDevice>,
-        limits: &[Limits],
+        new: NewUnit,
         notifier: Arc<dyn Notifier>,
         mem: GuestMemory,
     ) -> Result<Arc<UnitHandle>, RunnerError> {
+        let NewUnit { device, limits, tell_errors } = new;
         let kicks = device
             .queue_sizes()
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<Result<Arc<[_]>, _>>()?;
-        let unit = Unit::new(device, limits, notifier, mem);
+        let unit = Unit::new(device, &limits, notifier, mem);
         let counters = unit.counters().clone();
         let subscriber = Subscriber {
             unit,
@@ -222,6 +268,7 @@ impl Runner {
             tokens: TimerFd::new().map_err(std::io::Error::from)?,
             sources: Vec::new(),
             paused: false,
+            errors: ErrorWatch { told: 0, at: None, tell: tell_errors },
         };
         let id = self
             .endpoint

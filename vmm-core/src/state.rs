@@ -38,7 +38,7 @@ pub enum StopReason {
     GuestPowerOff,
     /// The guest's kernel panicked.
     GuestPanic,
-    /// [`crate::Vm::stop`] was called, or the handle was dropped.
+    /// [`crate::Vm::kill`] or [`crate::Vm::stop`] was called, or the handle was dropped.
     Requested,
     /// The machine could not go on: a sentence for the operator.
     Failed(String),

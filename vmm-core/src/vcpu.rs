@@ -3,10 +3,13 @@
 use std::sync::mpsc;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::bus::Bus;
+use crate::event::Journal;
+use crate::exits::ExitLog;
 use crate::hypervisor::{Exit, HvError, Kick, Vcpu, VcpuFailure};
-use crate::machine::{Milestone, Milestones};
+use crate::machine::Milestone;
 
 /// The address spaces of a machine.
 #[derive(Default)]
@@ -15,6 +18,14 @@ pub struct Buses {
     pub pio: Bus,
     /// Physical addresses that are not RAM.
     pub mmio: Bus,
+}
+
+/// Where a vCPU writes down what it does.
+pub struct Watch {
+    /// The machine's.
+    pub journal: Arc<Journal>,
+    /// The vCPU's own.
+    pub exits: Arc<ExitLog>,
 }
 
 /// Why a vCPU's thread ended.
@@ -104,6 +115,8 @@ pub struct VcpuThread {
     gate: Arc<Gate>,
     kick: Arc<dyn Kick>,
     thread: Option<JoinHandle<()>>,
+    /// The kernel's number of the thread.
+    tid: i32,
 }
 
 impl VcpuThread {
@@ -112,7 +125,7 @@ impl VcpuThread {
         id: u8,
         mut vcpu: Box<dyn Vcpu>,
         buses: Arc<Buses>,
-        milestones: Arc<Milestones>,
+        watch: Watch,
         on_end: impl FnOnce(VcpuEnd) + Send + 'static,
     ) -> Result<Self, HvError> {
         let gate = Arc::new(Gate {
@@ -125,8 +138,8 @@ impl VcpuThread {
             move || {
                 let run = std::panic::AssertUnwindSafe(|| match vcpu.attach() {
                     Ok(kick) => {
-                        _ = attached.send(Ok(kick));
-                        run(&mut *vcpu, &gate, &buses, &milestones)
+                        _ = attached.send(Ok((kick, rustix::thread::gettid())));
+                        run(&mut *vcpu, &gate, &buses, &watch)
                     }
                     Err(error) => {
                         _ = attached.send(Err(error));
@@ -142,7 +155,7 @@ impl VcpuThread {
         let thread = thread.map_err(|source| HvError::Call { call: "clone", source })?;
         let died = || HvError::Call { call: "clone", source: std::io::ErrorKind::BrokenPipe.into() };
         match attachment.recv().unwrap_or_else(|_| Err(died())) {
-            Ok(kick) => Ok(Self { gate, kick, thread: Some(thread) }),
+            Ok((kick, tid)) => Ok(Self { gate, kick, thread: Some(thread), tid: tid.as_raw_nonzero().get() }),
             Err(error) => {
                 _ = thread.join();
                 Err(error)
@@ -161,6 +174,11 @@ impl VcpuThread {
         while !state.parked {
             state = self.gate.changed.wait(state).unwrap_or_else(|e| e.into_inner());
         }
+    }
+
+    /// Time that the thread has run, in the guest and for it.
+    pub fn cpu_time(&self) -> Duration {
+        thread_time(self.tid)
     }
 
     /// Lets a paused vCPU go on.
@@ -183,7 +201,7 @@ impl Drop for VcpuThread {
     }
 }
 
-fn run(vcpu: &mut dyn Vcpu, gate: &Gate, buses: &Buses, milestones: &Milestones) -> VcpuEnd {
+fn run(vcpu: &mut dyn Vcpu, gate: &Gate, buses: &Buses, watch: &Watch) -> VcpuEnd {
     let mut first = true;
     loop {
         let exit = match vcpu.run() {
@@ -191,8 +209,9 @@ fn run(vcpu: &mut dyn Vcpu, gate: &Gate, buses: &Buses, milestones: &Milestones)
             Err(error) => return VcpuEnd::Hypervisor(error),
         };
         if std::mem::take(&mut first) {
-            milestones.reach(Milestone::FirstExit);
+            watch.journal.reach(Milestone::FirstExit);
         }
+        watch.exits.count(&exit);
         // An item of a string instruction is an access of its own.
         match exit {
             Exit::IoIn { port, width, data } => {
@@ -212,4 +231,11 @@ fn run(vcpu: &mut dyn Vcpu, gate: &Gate, buses: &Buses, milestones: &Milestones)
             Exit::Failed(failure) => return VcpuEnd::Failed(failure),
         }
     }
+}
+
+/// Time that a thread of this process has run; zero when it has ended, or the kernel does not tell.
+pub fn thread_time(tid: i32) -> Duration {
+    let text = std::fs::read_to_string(format!("/proc/self/task/{tid}/schedstat")).unwrap_or_default();
+    let nanos = text.split_whitespace().next().and_then(|number| number.parse().ok());
+    Duration::from_nanos(nanos.unwrap_or(0))
 }

@@ -12,8 +12,10 @@ use crate::VmBuilder;
 use crate::config::VmConfig;
 use crate::console::{ConsoleInput, ConsoleReader};
 use crate::diagnosis;
+use crate::event::{Events, Journal, What};
+use crate::exits::{ExitCount, ExitLog};
 use crate::hypervisor::HvError;
-use crate::machine::{Inbox, Machine, Milestones, Reported};
+use crate::machine::{Inbox, Machine, Milestones, Reported, Usage};
 use crate::runner::{RunnerError, UnitHandle, UpdateFailed};
 use crate::state::{IllegalTransition, StopReason, VmState};
 use crate::vcpu::VcpuEnd;
@@ -72,7 +74,7 @@ pub(crate) enum Command {
     Start,
     Pause,
     Resume,
-    Stop,
+    Kill,
     PowerButton,
     Update { name: String, patch: Patch },
 }
@@ -80,6 +82,7 @@ pub(crate) enum Command {
 /// What reaches the control thread.
 pub(crate) enum Message {
     Command(Command, Sender<Result<(), VmError>>),
+    Usage(Sender<Usage>),
     /// Devices have put something into the inbox.
     Reported,
     VcpuEnded(u8, VcpuEnd),
@@ -97,6 +100,7 @@ struct Shared {
     state: Mutex<VmState>,
     changed: Condvar,
     config: Mutex<VmConfig>,
+    journal: Arc<Journal>,
 }
 
 impl Shared {
@@ -109,9 +113,17 @@ impl Shared {
     }
 
     fn transition(&self, to: VmState) -> Result<(), IllegalTransition> {
-        self.lock().transition(to)?;
-        self.changed.notify_all();
+        let mut state = self.lock();
+        state.transition(to.clone())?;
+        self.enter(state, to);
         Ok(())
+    }
+
+    /// Tells everybody about the new state. Under its lock, so that the journal has the states in their order.
+    fn enter(&self, state: MutexGuard<'_, VmState>, new: VmState) {
+        self.journal.record(What::State(new));
+        drop(state);
+        self.changed.notify_all();
     }
 }
 
@@ -134,10 +146,10 @@ pub struct Vm {
     control: Sender<Message>,
     shared: Arc<Shared>,
     inbox: Arc<Inbox>,
-    milestones: Arc<Milestones>,
     console_input: ConsoleInput,
     console: Mutex<Option<ConsoleReader>>,
     devices: Vec<DeviceStatus>,
+    exits: Vec<Arc<ExitLog>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -164,9 +176,11 @@ impl Vm {
             state: Mutex::new(VmState::Created),
             changed: Condvar::new(),
             config: Mutex::new(config),
+            journal: machine.journal.clone(),
         });
-        let (milestones, console_input) = (machine.milestones.clone(), machine.console_input.clone());
-        let control = machine.control.clone();
+        shared.journal.record(What::State(VmState::Created));
+        let console_input = machine.console_input.clone();
+        let (control, exits) = (machine.control.clone(), machine.exits.clone());
         let thread = std::thread::Builder::new().name("vm-control".into()).spawn({
             let (shared, inbox) = (shared.clone(), inbox.clone());
             move || {
@@ -181,13 +195,15 @@ impl Vm {
                 if std::panic::catch_unwind(serve).is_err() {
                     // Whoever waits for the machine must not wait for ever.
                     let reason = StopReason::Failed("a bug: the control thread panicked".into());
-                    *shared.lock() = VmState::Stopped(reason);
-                    shared.changed.notify_all();
+                    let mut state = shared.lock();
+                    *state = VmState::Stopped(reason);
+                    let stopped = state.clone();
+                    shared.enter(state, stopped);
                 }
             }
         })?;
         let console = Mutex::new(Some(console));
-        Ok(Self { control, shared, inbox, milestones, console_input, console, devices, thread: Some(thread) })
+        Ok(Self { control, shared, inbox, console_input, console, devices, exits, thread: Some(thread) })
     }
 
     fn command(&self, command: Command) -> Result<(), VmError> {
@@ -211,17 +227,32 @@ impl Vm {
         self.command(Command::Resume)
     }
 
-    /// Ends the machine at once, without asking the guest. No error if it has ended already.
-    pub fn stop(&self) {
-        // It fails only when the machine has ended.
-        _ = self.command(Command::Stop);
+    /// Ends the machine and gives its guest time for that: presses the power button, waits until the guest has
+    /// switched itself off, and kills it at the deadline. A guest that is paused or was not started has nothing to
+    /// lose and is killed at once.
+    pub fn stop(&self, deadline: Duration) -> StopReason {
+        let gone = self.state() == VmState::Running && {
+            // It fails only when the machine has ended.
+            _ = self.press_power_button();
+            self.wait_timeout(deadline).is_some()
+        };
+        if !gone {
+            self.kill();
+        }
+        self.wait()
     }
 
-    /// As [`Self::stop`], but does not wait for it: for threads that must stay free.
-    pub fn request_stop(&self) {
+    /// Ends the machine at once, without asking the guest. No error if it has ended already.
+    pub fn kill(&self) {
+        // It fails only when the machine has ended.
+        _ = self.command(Command::Kill);
+    }
+
+    /// As [`Self::kill`], but does not wait for it: for threads that must stay free.
+    pub fn request_kill(&self) {
         let (reply, _) = mpsc::channel();
         // It fails only when the machine has ended.
-        _ = self.control.send(Message::Command(Command::Stop, reply));
+        _ = self.control.send(Message::Command(Command::Kill, reply));
     }
 
     /// Presses the power button: a guest with ACPI and something that listens (systemd, our init) shuts down.
@@ -251,6 +282,18 @@ impl Vm {
     /// The machine's virtio devices.
     pub fn devices(&self) -> &[DeviceStatus] {
         &self.devices
+    }
+
+    /// What the machine has taken of the host so far; fails when it has ended.
+    pub fn usage(&self) -> Result<Usage, VmError> {
+        let (reply, answer) = mpsc::channel();
+        self.control.send(Message::Usage(reply)).map_err(|_| VmError::Gone)?;
+        answer.recv().map_err(|_| VmError::Gone)
+    }
+
+    /// Exits of each vCPU, by cause, and by address with [`VmBuilder::trace_exits`].
+    pub fn exits(&self) -> Vec<Vec<ExitCount>> {
+        self.exits.iter().map(|log| log.entries()).collect()
     }
 
     /// Where the machine is in its life.
@@ -284,9 +327,14 @@ impl Vm {
         self.inbox.exit_status()
     }
 
+    /// What happens to the machine, from its first event that is still kept.
+    pub fn events(&self) -> Events {
+        Events::of(self.shared.journal.clone())
+    }
+
     /// When the guest got how far.
     pub fn milestones(&self) -> &Milestones {
-        &self.milestones
+        self.shared.journal.milestones()
     }
 
     /// The guest's console output, for whoever asks first; empty when the console goes elsewhere.
@@ -302,7 +350,7 @@ impl Vm {
 
 impl Drop for Vm {
     fn drop(&mut self) {
-        self.stop();
+        self.kill();
         if let Some(thread) = self.thread.take() {
             _ = thread.join();
         }
@@ -334,6 +382,10 @@ impl Control {
                 Ok(Message::Command(command, reply)) => {
                     // The caller may have given up.
                     _ = reply.send(self.command(command));
+                }
+                Ok(Message::Usage(reply)) => {
+                    // The caller may have given up; without a machine, its channel ends.
+                    _ = self.machine.as_ref().map(|machine| reply.send(machine.usage()));
                 }
                 Ok(Message::Reported) => self.reported(),
                 Ok(Message::VcpuEnded(id, end)) => self.vcpu_ended(id, end),
@@ -367,7 +419,7 @@ impl Control {
                 machine.resume()?;
                 self.shared.transition(VmState::Running)?;
             }
-            Command::Stop => self.stop(StopReason::Requested),
+            Command::Kill => self.stop(StopReason::Requested),
             Command::PowerButton => machine.power_button.trigger(),
             Command::Update { name, patch } => {
                 let mut config = self.shared.config();
@@ -381,6 +433,8 @@ impl Control {
                 let update = config.devices[at].patched(&patch)?;
                 machine.units[at].1.update(&update)?;
                 config.devices[at] = update.config;
+                let device = names[at].clone();
+                self.shared.journal.record(What::Updated { device });
             }
         }
         Ok(())
@@ -398,7 +452,10 @@ impl Control {
 
     fn note_panic(&mut self, reported: Reported) {
         if reported.panicked {
-            self.panicked.get_or_insert_with(Instant::now);
+            self.panicked.get_or_insert_with(|| {
+                self.shared.journal.record(What::GuestPanic);
+                Instant::now()
+            });
         }
         if reported.last_words {
             self.last_words = Some(Instant::now());

@@ -28,6 +28,7 @@ pub use vmm_core::{
     BuildError, Milestone, Milestones, StopReason, Vm, VmBuilder, VmConfig, VmError, VmState,
 };
 
+pub mod api;
 pub mod cli;
 
 mod config_file;

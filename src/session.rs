@@ -1,6 +1,7 @@
 //! A guest that runs in the foreground: its console on standard input and output, signals, and the end.
 
 use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -67,24 +68,43 @@ enum Event {
 /// The thread that waits for signals.
 pub struct SignalThread {
     session: Arc<OnceLock<Arc<Session>>>,
+    leftover: Arc<OnceLock<PathBuf>>,
 }
 
 impl SignalThread {
     /// Starts it; to be done before any other thread is started, so that none of them gets a signal.
     pub fn start() -> anyhow::Result<Self> {
         let signals = Signals::block();
-        let session = Arc::new(OnceLock::new());
+        let (session, leftover) = (Arc::new(OnceLock::new()), Arc::new(OnceLock::new()));
         spawn("signals", {
-            let session = session.clone();
-            move || serve_signals(&signals, &session)
+            let (session, leftover) = (session.clone(), leftover.clone());
+            move || serve_signals(&signals, &session, &leftover)
         })?;
-        Ok(Self { session })
+        Ok(Self { session, leftover })
+    }
+
+    /// Removes this file when a signal ends the process without a machine that could end first.
+    pub fn remove_at_death(&self, path: &Path) {
+        _ = self.leftover.set(path.into());
     }
 }
 
-/// Runs `vm` to its end, with the terminal as it was afterwards. `interactive`: its console is standard input and
-/// output.
-pub fn run(vm: &Arc<Vm>, interactive: bool, quiet: bool, signals: &SignalThread) -> anyhow::Result<Ended> {
+/// How a guest is run in the foreground.
+#[derive(Clone, Copy, Debug)]
+pub struct Manner {
+    /// Its console is standard input and output.
+    pub interactive: bool,
+    /// Nothing is said but errors.
+    pub quiet: bool,
+}
+
+/// Starts `vm` and runs it to its end, with the terminal as it was afterwards. `started` is called once the guest runs.
+pub fn run(
+    vm: &Arc<Vm>,
+    Manner { interactive, quiet }: Manner,
+    signals: &SignalThread,
+    started: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<Ended> {
     let (events, finished) = mpsc::channel();
     let session = Arc::new(Session { vm: vm.clone(), cause: OnceLock::new(), events });
     // From here on a signal ends the machine and no longer the process.
@@ -95,6 +115,7 @@ pub fn run(vm: &Arc<Vm>, interactive: bool, quiet: bool, signals: &SignalThread)
         (Ok(()), _) | (Err(_), Some(_)) => {}
         (Err(error), None) => return Err(error.into()),
     }
+    started()?;
     if interactive && let Some(console) = vm.take_console() {
         let (copier, input) = (session.clone(), vm.console_input());
         spawn("output", move || copier.copy_output(console))?;
@@ -196,7 +217,7 @@ impl Session {
     }
 }
 
-fn serve_signals(signals: &Signals, session: &OnceLock<Arc<Session>>) {
+fn serve_signals(signals: &Signals, session: &OnceLock<Arc<Session>>, leftover: &OnceLock<PathBuf>) {
     let mut ending = false;
     while let Ok(request) = signals.wait() {
         match (request, session.get()) {
@@ -207,6 +228,7 @@ fn serve_signals(signals: &Signals, session: &OnceLock<Arc<Session>>) {
             // There is no machine yet, or somebody does not want to wait until it is taken down.
             (Request::End(number), _) => {
                 terminal::release();
+                _ = leftover.get().map(std::fs::remove_file);
                 signals.die(number);
             }
             (Request::Stop, _) => {

@@ -1,5 +1,6 @@
 //! The command line: one file for each subcommand.
 
+mod api;
 mod check;
 mod completion;
 mod device_flags;
@@ -41,12 +42,17 @@ Examples:
 enum Command {
     Run(Box<run::RunArgs>),
     Check(check::CheckArgs),
+    Api(api::ApiArgs),
     Completion(completion::CompletionArgs),
     Man(man::ManArgs),
 }
 
 /// Runs the command. `start` is when the process began.
 pub fn main(start: Instant) -> ExitStatus {
+    let mut arguments = std::env::args_os();
+    if arguments.next().is_some_and(|program| api::is_firecracker(program.as_ref())) {
+        return finish(api::firecracker());
+    }
     let arguments = std::env::args_os();
     let result = match Cli::command().try_get_matches_from(arguments).and_then(|m| Cli::from_arg_matches(&m))
     {
@@ -62,6 +68,11 @@ pub fn main(start: Instant) -> ExitStatus {
         }
         Err(error) => Err(usage::sentence(&error, &asked_for()).into()),
     };
+    finish(result)
+}
+
+/// Tells what went wrong, if something did.
+fn finish(result: anyhow::Result<ExitStatus>) -> ExitStatus {
     result.unwrap_or_else(|error| {
         say(&sentence(&error));
         status_of(&error)
@@ -80,6 +91,7 @@ fn asked_for() -> String {
 fn dispatch(command: Command, start: Instant) -> anyhow::Result<ExitStatus> {
     match command {
         Command::Run(args) => run::run(&args, start),
+        Command::Api(args) => api::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Completion(args) => completion::run(&args),
         Command::Man(args) => man::run(&args),

@@ -17,6 +17,7 @@ use vmm_core::config::{BootProtocol, SerialConfig, Transport};
 use vmm_core::console::WhenFull;
 use vmm_core::devices::size::ByteSize;
 use vmm_core::devices::virtio::block;
+use vmm_core::exits::ExitCount;
 use vmm_core::memory::HugePages;
 use vmm_core::x86_64::layout::MAX_CPUS;
 use vmm_core::{Milestone, StopReason, Vm, VmConfig};
@@ -25,10 +26,11 @@ pub use config::root_disk;
 
 use super::device_flags::DeviceFlags;
 use super::{logging, say};
+use crate::api::{Control, MAX_BODY, Socket};
 use crate::config_file;
 use crate::exit::{self, ExitStatus};
 use crate::images;
-use crate::session::{self, Cause, Ended, SignalThread};
+use crate::session::{self, Cause, Ended, Manner, SignalThread};
 use crate::terminal::{self, Stderr};
 
 /// Boot a guest, attach the terminal, return when the guest stops
@@ -120,6 +122,14 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Command")]
     dry_run: bool,
 
+    /// Serve the control API on a unix socket at this path: see docs/api.md
+    #[arg(long, value_name = "PATH", help_heading = "Command")]
+    api_sock: Option<PathBuf>,
+
+    /// In the end, print on standard error what made vCPUs leave the guest, by cause and address
+    #[arg(long, help_heading = "Command")]
+    trace_exits: bool,
+
     /// In the end, print on standard error when the guest got how far
     #[arg(long, help_heading = "Command")]
     timings: bool,
@@ -163,7 +173,7 @@ fn cpus(text: &str) -> Result<u8, String> {
 }
 
 /// A value by one of the names that it has in a configuration.
-fn named<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
+pub(super) fn named<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>
 where
     T: DeserializeOwned + Clone + Send + Sync + 'static,
 {
@@ -193,19 +203,29 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     images::provide_kernel(&mut config, args.quiet)?;
     let root = own_root.then(|| images::provide_root(&mut config, args.quiet)).transpose()?;
     let signals = SignalThread::start()?;
-    let vm = Arc::new(Vm::builder(config).console_when_full(WhenFull::Wait).build()?);
+    let socket = args.api_sock.as_deref().map(Socket::bind).transpose()?;
+    let builder = Vm::builder(config).console_when_full(WhenFull::Wait).trace_exits(args.trace_exits);
+    let vm = Arc::new(builder.build()?);
     // The machine has a descriptor of its own.
     drop(root);
-    let ended = session::run(&vm, interactive, args.quiet, &signals)?;
+    let serve = || match &socket {
+        Some(socket) => socket.serve(Arc::new(Control::of(vm.clone())), MAX_BODY),
+        None => Ok(()),
+    };
+    let manner = Manner { interactive, quiet: args.quiet };
+    let ended = session::run(&vm, manner, &signals, serve)?;
     let stopped = start.elapsed();
     if args.timings {
         print_timings(&vm, start, stopped);
+    }
+    if args.trace_exits {
+        print_exits(&vm);
     }
     status(&ended, (!args.command.is_empty()).then(|| vm.exit_status()))
 }
 
 /// A device may take a file descriptor for each of its guest's connections, and a shell's limit is often 1024.
-fn raise_file_limit() {
+pub(super) fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     // Where it cannot be raised, the device says what it runs out of.
@@ -222,7 +242,7 @@ fn dry_run(config: VmConfig) -> anyhow::Result<ExitStatus> {
 
 /// How the command ends when a guest has ended like this. `command`: exit status of the command that it was
 /// started for, if it was, and if its init has reported one.
-fn status(ended: &Ended, command: Option<Option<u8>>) -> anyhow::Result<ExitStatus> {
+pub(super) fn status(ended: &Ended, command: Option<Option<u8>>) -> anyhow::Result<ExitStatus> {
     Ok(match (&ended.reason, &ended.cause) {
         (StopReason::Failed(why), _) => return Err(anyhow!("{why}")),
         (StopReason::GuestPanic, _) => {
@@ -243,6 +263,23 @@ fn status(ended: &Ended, command: Option<Option<u8>>) -> anyhow::Result<ExitStat
         },
         (_, Some(Cause::Key)) | (StopReason::Requested, None) => ExitStatus::Success,
     })
+}
+
+/// A table of exits by cause and address, the most frequent first.
+fn print_exits(vm: &Vm) {
+    let mut rows: Vec<(usize, ExitCount)> = Vec::new();
+    for (vcpu, exits) in vm.exits().into_iter().enumerate() {
+        rows.extend(exits.into_iter().map(|exit| (vcpu, exit)));
+    }
+    rows.sort_by_key(|(_, exit)| std::cmp::Reverse(exit.count));
+    let total: u64 = rows.iter().map(|(_, exit)| exit.count).sum();
+    let row = |(vcpu, exit): &(usize, ExitCount)| {
+        let address = exit.address.map(|address| format!(" {address:#x}")).unwrap_or_default();
+        format!("{:>10}  vcpu{vcpu} {}{address}\n", exit.count, exit.cause.name())
+    };
+    let table: String = rows.iter().map(row).chain([format!("{total:>10}  exits\n")]).collect();
+    // With standard error gone there is nobody to tell.
+    _ = Stderr.write_all(table.as_bytes());
 }
 
 /// A table of milliseconds from the start of the process, and what was reached.

@@ -140,6 +140,7 @@ impl Journal {
         if log.closed {
             return;
         }
+        tracing::info!("{what}");
         log.closed = matches!(what, What::State(VmState::Stopped(_)));
         log.push(self.milestones.start().elapsed(), what);
         let wakers = std::mem::take(&mut log.wakers);

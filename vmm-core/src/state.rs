@@ -44,6 +44,19 @@ pub enum StopReason {
     Failed(String),
 }
 
+impl StopReason {
+    /// A name that stays, for programs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::GuestReset => "guest_reset",
+            Self::GuestPowerOff => "guest_power_off",
+            Self::GuestPanic => "guest_panic",
+            Self::Requested => "requested",
+            Self::Failed(_) => "failed",
+        }
+    }
+}
+
 impl fmt::Display for StopReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

@@ -16,7 +16,7 @@ pub mod registers;
 pub mod rng;
 pub mod transport;
 pub mod unit;
-mod unix_listener;
+pub mod unix_listener;
 pub mod vsock;
 
 #[cfg(any(test, feature = "specimen"))]

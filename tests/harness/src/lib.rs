@@ -30,6 +30,7 @@ pub mod smaps;
 
 mod disk;
 mod guest;
+mod http;
 mod initramfs;
 mod kernel;
 mod live;
@@ -40,6 +41,7 @@ mod tools;
 
 pub use disk::Disk;
 pub use guest::{Guest, Run, Running};
+pub use http::{Answer, Api};
 pub use initramfs::{demo as initramfs, with_programs as initramfs_with};
 pub use kernel::Kernel;
 pub use live::{Counters, Live, RunningLive};

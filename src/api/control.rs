@@ -1,0 +1,191 @@
+//! What the API controls: a machine in the making, then the machine.
+
+use std::collections::HashMap;
+use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use vmm_core::config::Transport;
+use vmm_core::devices::registry::Patch;
+use vmm_core::{Vm, VmConfig, VmState};
+
+use super::firecracker::types::{FullConfiguration, Logger};
+use super::http::Refusal;
+use super::metrics::MetricsFile;
+
+/// What the API asks of the thread that owns the session.
+pub enum Order {
+    /// To build a machine, start it and run it to its end.
+    Launch {
+        /// The machine.
+        config: VmConfig,
+        /// Takes the running machine, or a sentence.
+        reply: Sender<Result<Arc<Vm>, String>>,
+    },
+    /// To end the program with this sentence.
+    End(String),
+}
+
+/// Changes what the program logs, and where.
+pub type SetLogger = Box<dyn Fn(&Logger) -> Result<(), String> + Send + Sync>;
+
+/// What the calls of the API work on.
+pub struct Control {
+    /// The machine's name.
+    pub id: String,
+    transport: Transport,
+    state: Mutex<State>,
+    orders: Sender<Order>,
+    set_logger: SetLogger,
+    metrics: MetricsFile,
+}
+
+struct State {
+    configuration: FullConfiguration,
+    started: Option<Started>,
+}
+
+#[derive(Clone)]
+struct Started {
+    vm: Arc<Vm>,
+    /// By what the API calls a device, its name in the machine.
+    devices: HashMap<String, String>,
+}
+
+impl Control {
+    /// Controls a machine that is still to be configured: it is named `id` and reaches its devices by `transport`.
+    pub fn empty(id: &str, transport: Transport, orders: Sender<Order>, set_logger: SetLogger) -> Self {
+        let state = Mutex::new(State { configuration: FullConfiguration::default(), started: None });
+        Self { id: id.into(), transport, state, orders, set_logger, metrics: MetricsFile::default() }
+    }
+
+    /// Controls a machine that is there already.
+    pub fn of(vm: Arc<Vm>) -> Self {
+        let config = vm.config();
+        let (configuration, transport) = (FullConfiguration::of(&config), config.transport);
+        let state = Mutex::new(State { configuration, started: Some(Started::with_its_own_names(vm)) });
+        // Neither is used: what it takes is done before the start.
+        let (orders, set_logger) = (std::sync::mpsc::channel().0, Box::new(|_: &Logger| Ok(())));
+        Self { id: "vmm".into(), transport, state, orders, set_logger, metrics: MetricsFile::default() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Everything that is configured.
+    pub fn configuration(&self) -> FullConfiguration {
+        self.lock().configuration.clone()
+    }
+
+    /// Changes the configuration of a machine that has not been started. After an error it is as it was.
+    pub fn configure(
+        &self,
+        change: impl FnOnce(&mut FullConfiguration) -> Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
+        let mut state = self.lock();
+        if state.started.is_some() {
+            return Err(Refusal(
+                "The requested operation is not supported after starting the microVM.".into(),
+            ));
+        }
+        let mut changed = state.configuration.clone();
+        change(&mut changed)?;
+        state.configuration = changed;
+        Ok(())
+    }
+
+    /// Writes down what has changed in the machine while it runs.
+    pub fn remember(&self, change: impl FnOnce(&mut FullConfiguration)) {
+        change(&mut self.lock().configuration);
+    }
+
+    /// The machine, once it has been started.
+    pub fn vm(&self) -> Result<Arc<Vm>, Refusal> {
+        Ok(self.started()?.vm)
+    }
+
+    /// The machine, if it has been started.
+    pub fn vm_if_started(&self) -> Option<Arc<Vm>> {
+        self.lock().started.as_ref().map(|started| started.vm.clone())
+    }
+
+    fn started(&self) -> Result<Started, Refusal> {
+        let refused =
+            || Refusal("The requested operation is not supported before starting the microVM.".into());
+        self.lock().started.clone().ok_or_else(refused)
+    }
+
+    /// In Firecracker's words, where the machine is in its life.
+    pub fn state_name(&self) -> &'static str {
+        match self.lock().started.as_ref().map(|started| started.vm.state()) {
+            None | Some(VmState::Created) => "Not started",
+            Some(VmState::Paused) => "Paused",
+            Some(VmState::Running | VmState::Stopping | VmState::Stopped(_)) => "Running",
+        }
+    }
+
+    /// Builds and starts the machine as it is configured.
+    pub fn start(&self) -> Result<(), Refusal> {
+        let mut state = self.lock();
+        if state.started.is_some() {
+            return Err(Refusal(
+                "The requested operation is not supported after starting the microVM.".into(),
+            ));
+        }
+        let machine = state.configuration.machine(self.transport).map_err(Refusal)?;
+        let names = machine.config.device_names();
+        let (reply, answer) = mpsc::channel();
+        let ended = |_| Refusal("The program is ending.".into());
+        self.orders.send(Order::Launch { config: machine.config, reply }).map_err(|_| ended(()))?;
+        let vm = answer.recv().map_err(|_| ended(()))?.map_err(Refusal)?;
+        let devices = machine.ids.into_iter().zip(names).filter_map(|(id, name)| Some((id?, name)));
+        state.started = Some(Started { vm, devices: devices.collect() });
+        Ok(())
+    }
+
+    /// Starts a machine of this configuration; if that fails, the program ends.
+    pub fn start_or_end(&self, configuration: FullConfiguration) {
+        self.remember(|old| *old = configuration);
+        if let Err(Refusal(sentence)) = self.start() {
+            // It fails only when the program is ending.
+            _ = self.orders.send(Order::End(sentence));
+        }
+    }
+
+    /// Changes the device that the API calls `id`, a `what`, while the machine runs; then the configuration.
+    pub fn update(
+        &self,
+        what: &str,
+        id: &str,
+        patch: Patch,
+        change: impl FnOnce(&mut FullConfiguration),
+    ) -> Result<(), Refusal> {
+        let Started { vm, devices } = self.started()?;
+        let name = devices.get(id).ok_or_else(|| Refusal(format!("There is no {what} '{id}'.")))?;
+        vm.update(name, patch)?;
+        self.remember(change);
+        Ok(())
+    }
+
+    /// Changes what is logged, and where.
+    pub fn log(&self, logger: Logger) -> Result<(), Refusal> {
+        self.configure(|configuration| {
+            (self.set_logger)(&logger).map_err(Refusal)?;
+            configuration.logger = Some(logger);
+            Ok(())
+        })
+    }
+
+    /// The file that metrics are written to.
+    pub fn metrics(&self) -> &MetricsFile {
+        &self.metrics
+    }
+}
+
+impl Started {
+    /// A machine whose devices have in the API the names that they have in the machine.
+    fn with_its_own_names(vm: Arc<Vm>) -> Self {
+        let devices = vm.devices().iter().map(|device| (device.name.clone(), device.name.clone())).collect();
+        Self { vm, devices }
+    }
+}

@@ -1,0 +1,77 @@
+//! The control API: HTTP over a unix socket. Firecracker's calls, so that its clients work unchanged, and our own below
+//! `/vmm/v1`. docs/api.md describes it, docs/openapi.json is generated from it.
+
+mod control;
+pub mod firecracker;
+mod http;
+mod metrics;
+mod own;
+
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+use vmm_core::devices::virtio::unix_listener::UnixListener;
+
+pub use control::{Control, Order, SetLogger};
+pub use http::MAX_BODY;
+pub use metrics::open_sink;
+
+/// How often metrics are written without being asked for.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(60);
+
+/// The socket of the API; its file goes away with it.
+pub struct Socket(UnixListener);
+
+impl Socket {
+    /// Listens at `path`, for its owner only.
+    pub fn bind(path: &Path) -> anyhow::Result<Self> {
+        Ok(Self(UnixListener::bind("API socket", path, 0)?))
+    }
+
+    /// Serves the API on threads of its own, until the process ends. Requests have bodies of at most `max_body` bytes.
+    pub fn serve(&self, control: Arc<Control>, max_body: usize) -> anyhow::Result<()> {
+        let socket = std::os::unix::net::UnixListener::from(self.0.as_fd().try_clone_to_owned()?);
+        let router = calls(control.clone(), max_body).router();
+        let runtime =
+            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build()?;
+        let work = move || {
+            runtime.block_on(async {
+                match tokio::net::UnixListener::from_std(socket) {
+                    Ok(listener) => http::serve(listener, router).await,
+                    Err(error) => tracing::error!(%error, "the API cannot listen"),
+                }
+            });
+        };
+        thread::Builder::new().name("api".into()).spawn(work).context("cannot start the thread 'api'")?;
+        let flush = move || {
+            loop {
+                thread::sleep(FLUSH_INTERVAL);
+                if let Err(error) = control.metrics().flush(control.vm_if_started().as_deref()) {
+                    tracing::warn!("{error}");
+                }
+            }
+        };
+        thread::Builder::new()
+            .name("metrics".into())
+            .spawn(flush)
+            .context("cannot start the thread 'metrics'")?;
+        Ok(())
+    }
+}
+
+fn calls(control: Arc<Control>, max_body: usize) -> http::Calls<Control> {
+    own::calls(firecracker::calls(http::Calls::on(control, max_body)))
+}
+
+/// The API's description, as in docs/openapi.json.
+#[must_use]
+pub fn open_api() -> String {
+    let (orders, _) = std::sync::mpsc::channel();
+    let control = Control::empty("", vmm_core::config::Transport::Mmio, orders, Box::new(|_| Ok(())));
+    let document = calls(Arc::new(control), MAX_BODY).open_api("vmm");
+    document.to_pretty_json().unwrap_or_default() + "\n"
+}

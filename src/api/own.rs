@@ -1,0 +1,238 @@
+//! Our own calls, below a prefix of their own, so that clients of Firecracker's are not disturbed.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use hyper::body::Frame;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+use utoipa::openapi::HttpMethod::{Get, Patch, Put};
+use vmm_core::event::What;
+use vmm_core::exits::ExitCount;
+use vmm_core::{Event, Events, Milestone, Vm, VmState};
+
+use super::control::Control;
+use super::http::{Calls, Json, Refusal, Request};
+use super::metrics;
+
+/// Where our own calls are.
+const METRICS: &str = "/vmm/v1/metrics";
+const EVENTS: &str = "/vmm/v1/events";
+
+/// Longest time that a guest is given to shut down, in seconds.
+const MAX_DEADLINE: u64 = 24 * 60 * 60;
+
+/// Everything about a machine at this moment.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Inspection {
+    /// The machine's name.
+    pub name: String,
+    /// Number of this process.
+    pub pid: u32,
+    /// `not started`, `created`, `running`, `paused`, `stopping` or `stopped`.
+    pub state: String,
+    /// Microseconds from the start of the build to each milestone that is reached.
+    pub milestones: BTreeMap<String, u64>,
+    /// The machine's configuration, with what was changed since.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config: Option<Value>,
+    /// What it takes of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+    /// Its virtio devices.
+    pub devices: Vec<Device>,
+    /// Exits of all vCPUs, by cause.
+    pub exits: BTreeMap<String, u64>,
+}
+
+/// What a machine takes of the host.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Usage {
+    /// CPU time of each vCPU's thread in microseconds.
+    pub vcpu_micros: Vec<u64>,
+    /// CPU time of the devices' event loops in microseconds.
+    pub device_micros: u64,
+    /// Guest memory that is in the host's memory, in bytes.
+    pub memory_resident_bytes: u64,
+}
+
+/// A virtio device.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct Device {
+    /// Its name.
+    pub name: String,
+    /// Its kind.
+    pub kind: String,
+    /// What it has counted.
+    pub counters: BTreeMap<String, u64>,
+}
+
+/// How to stop a machine.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Stop {
+    /// Seconds that the guest has to shut down after the power button was pressed; 0: none.
+    #[schema(maximum = 86400)]
+    pub deadline_s: u64,
+}
+
+/// Keys of a device's configuration and their new values; null takes one away.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[schema(value_type = Object)]
+pub struct DevicePatch(pub serde_json::Map<String, Value>);
+
+/// Adds our own calls.
+pub fn calls(calls: Calls<Control>) -> Calls<Control> {
+    let (for_metrics, for_events) = (calls.control().clone(), calls.control().clone());
+    calls
+        .call(Get, "/vmm/v1/inspect", "Everything about the machine at this moment", inspect)
+        .call(Put, "/vmm/v1/stop", "Presses the power button, and kills the machine at the deadline", stop)
+        .call(Patch, "/vmm/v1/devices/{id}", "Changes a device of the running machine", patch_device)
+        .raw(METRICS, "Metrics as Prometheus reads them", "text/plain", get(|| prometheus(for_metrics)))
+        .raw(
+            EVENTS,
+            "What happens to the machine from its start to its end, a line of JSON each",
+            "application/x-ndjson",
+            get(|| events(for_events)),
+        )
+}
+
+fn inspect(control: &Control, _: Request<()>) -> Result<Json<Inspection>, Refusal> {
+    let vm = control.vm_if_started();
+    let vm = vm.as_deref();
+    Ok(Json(Inspection {
+        name: control.id.clone(),
+        pid: std::process::id(),
+        state: vm.map_or("not started", |vm| vm.state().name()).into(),
+        milestones: vm.map(milestones).unwrap_or_default(),
+        config: vm.map(|vm| serde_json::to_value(vm.config())).transpose()?,
+        usage: vm.and_then(|vm| vm.usage().ok()).map(|usage| Usage {
+            vcpu_micros: usage.vcpus.iter().map(|time| time.as_micros() as u64).collect(),
+            device_micros: usage.devices.as_micros() as u64,
+            memory_resident_bytes: usage.memory,
+        }),
+        devices: vm.map(devices).unwrap_or_default(),
+        exits: vm.map(exits).unwrap_or_default(),
+    }))
+}
+
+fn milestones(vm: &Vm) -> BTreeMap<String, u64> {
+    let micros = |milestone| Some((key(milestone), vm.milestones().get(milestone)?.as_micros() as u64));
+    Milestone::ALL.into_iter().filter_map(micros).collect()
+}
+
+/// A milestone's name as a key.
+fn key(milestone: Milestone) -> String {
+    milestone.name().replace(' ', "_")
+}
+
+fn devices(vm: &Vm) -> Vec<Device> {
+    let device = |device: &vmm_core::DeviceStatus| Device {
+        name: device.name.clone(),
+        kind: device.kind.into(),
+        counters: device.counters.all().into_iter().map(|(name, count)| (name.to_owned(), count)).collect(),
+    };
+    vm.devices().iter().map(device).collect()
+}
+
+fn exits(vm: &Vm) -> BTreeMap<String, u64> {
+    let mut exits = BTreeMap::new();
+    for ExitCount { cause, count, .. } in vm.exits().into_iter().flatten() {
+        *exits.entry(cause.name().replace(' ', "_")).or_default() += count;
+    }
+    exits
+}
+
+fn stop(control: &Control, request: Request<Json<Stop>>) -> Result<(), Refusal> {
+    let seconds = request.body.0.deadline_s;
+    if seconds > MAX_DEADLINE {
+        return Err(Refusal(format!("deadline_s is {MAX_DEADLINE} at most.")));
+    }
+    let vm = control.vm()?;
+    // The answer must not wait: with the machine, this program ends.
+    let thread = std::thread::Builder::new().name("stop".into());
+    thread.spawn(move || vm.stop(Duration::from_secs(seconds)))?;
+    Ok(())
+}
+
+fn patch_device(control: &Control, request: Request<Json<DevicePatch>>) -> Result<(), Refusal> {
+    Ok(control.vm()?.update(&request.id, request.body.0.0)?)
+}
+
+async fn prometheus(control: Arc<Control>) -> Response {
+    let text = tokio::task::spawn_blocking(move || {
+        metrics::prometheus(&control.id, control.vm_if_started().as_deref())
+    });
+    match text.await {
+        Ok(text) => ([(CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
+        Err(_) => Refusal("The request failed because of a bug.".into()).into_response(),
+    }
+}
+
+async fn events(control: Arc<Control>) -> Result<Response, Refusal> {
+    let lines = Lines(control.vm()?.events());
+    Ok(([(CONTENT_TYPE, "application/x-ndjson")], Body::new(lines)).into_response())
+}
+
+/// Events as the body of an answer, which grows as they happen.
+struct Lines(Events);
+
+impl hyper::body::Body for Lines {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let event = ready!(self.0.poll_next(context));
+        Poll::Ready(event.map(|event| {
+            let mut line = event_json(&event).to_string();
+            line.push('\n');
+            Ok(Frame::data(line.into()))
+        }))
+    }
+}
+
+/// An event in JSON: always `sequence`, `micros` since the build began, `event` and `text`, and what belongs to it.
+fn event_json(event: &Event) -> Value {
+    let (name, detail): (&str, Vec<(&str, Value)>) = match &event.what {
+        What::State(state) => {
+            let mut detail = vec![("state", Value::from(state.name()))];
+            if let VmState::Stopped(reason) = state {
+                detail.push(("reason", reason.name().into()));
+            }
+            ("state", detail)
+        }
+        What::Milestone(milestone) => ("milestone", vec![("milestone", key(*milestone).into())]),
+        What::GuestPanic => ("guest_panic", vec![]),
+        What::ExitStatus(status) => ("exit_status", vec![("status", (*status).into())]),
+        What::Updated { device } => ("updated", vec![("device", device.clone().into())]),
+        What::DeviceErrors { device, total } => {
+            ("device_errors", vec![("device", device.clone().into()), ("total", (*total).into())])
+        }
+        What::Missed(count) => ("missed", vec![("count", (*count).into())]),
+        other => ("other", vec![("what", other.to_string().into())]),
+    };
+    let common = [
+        ("sequence", Value::from(event.sequence)),
+        ("micros", Value::from(event.at.as_micros() as u64)),
+        ("event", name.into()),
+        ("text", event.what.to_string().into()),
+    ];
+    common
+        .into_iter()
+        .chain(detail)
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
+}

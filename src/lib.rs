@@ -34,7 +34,6 @@ pub mod cli;
 mod config_file;
 mod exit;
 mod images;
-mod machines;
 mod session;
 mod signals;
 mod terminal;

@@ -186,6 +186,12 @@ pub trait VirtioDevice: Send {
         0
     }
 
+    /// Whether the driver goes on without the buffers of `queue` that the device has used, so that an interrupt for them can
+    /// wait a little (see [`crate::virtio::patience`]): a queue by which the driver sends. Asked before anything is negotiated.
+    fn can_wait(&self, _queue: u16) -> bool {
+        false
+    }
+
     /// Takes over what changed in the configuration: `config` is the kind's own, whole, and differs in nothing but
     /// [`DeviceKind::LIVE`] keys. An error leaves everything as it was.
     ///

@@ -3,10 +3,8 @@
 mod api;
 mod check;
 mod completion;
-mod detach;
 mod device_flags;
 mod logging;
-mod machines;
 mod man;
 mod run;
 mod usage;
@@ -47,8 +45,6 @@ enum Command {
     Api(api::ApiArgs),
     Completion(completion::CompletionArgs),
     Man(man::ManArgs),
-    #[command(flatten)]
-    Machine(machines::MachineCommand),
 }
 
 /// Runs the command. `start` is when the process began.
@@ -99,7 +95,6 @@ fn dispatch(command: Command, start: Instant) -> anyhow::Result<ExitStatus> {
         Command::Check(args) => check::run(&args),
         Command::Completion(args) => completion::run(&args),
         Command::Man(args) => man::run(&args),
-        Command::Machine(command) => machines::run(&command),
     }
 }
 

@@ -26,8 +26,6 @@ use tracing::{debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
-/// A limit of a token each few microseconds is served in portions.
-const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 /// How often a device's failed requests are told at most: a guest can make them.
 const ERRORS_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -44,7 +42,7 @@ pub enum RunnerError {
 
 /// Epoll data of a unit's descriptors: queue numbers, then these, then host sources.
 const AGAIN: u32 = 0x1_0000;
-const TOKENS: u32 = 0x1_0001;
+const DUE: u32 = 0x1_0001;
 const SOURCE: u32 = 0x2_0000;
 
 /// A [`Unit`] on an event loop.
@@ -56,8 +54,10 @@ struct Subscriber {
     again: EventFd,
     /// Host sources that are to be served again.
     pending: Vec<u32>,
-    /// Expires when chains that wait for their limit may go on.
-    tokens: TimerFd,
+    /// Expires when something that the unit holds back may go on.
+    timer: TimerFd,
+    /// When that is.
+    expires: Option<Instant>,
     /// What is watched for the device while it is active.
     sources: Vec<HostSource>,
     paused: bool,
@@ -88,21 +88,22 @@ impl ErrorWatch {
 impl Subscriber {
     /// Gives the device one turn on `queue`.
     fn serve_queue(&mut self, queue: u16) {
-        if self.unit.serve_queue(queue) == Progress::More {
-            signal(&self.kicks[usize::from(queue)]);
+        let kicks = &self.kicks;
+        if self.unit.serve_queue(queue, |queue| signal(&kicks[usize::from(queue)])) == Progress::More {
+            signal(&kicks[usize::from(queue)]);
         }
-        self.wait_for_tokens();
+        self.set_timer();
     }
 
     fn serve_source(&mut self, token: u32) {
-        let kicks = self.kicks.clone();
+        let kicks = &self.kicks;
         if self.unit.serve_source(token, |queue| signal(&kicks[usize::from(queue)])) == Progress::More {
             if !self.pending.contains(&token) {
                 self.pending.push(token);
             }
             signal(&self.again);
         }
-        self.wait_for_tokens();
+        self.set_timer();
     }
 
     fn serve_pending(&mut self) {
@@ -111,17 +112,24 @@ impl Subscriber {
         }
     }
 
-    fn wait_for_tokens(&mut self) {
-        let Some(at) = self.unit.tokens_at() else { return };
-        let wait = at.saturating_duration_since(Instant::now()).max(SHORTEST_WAIT);
-        if let Err(error) = self.tokens.reset(wait, None) {
-            warn!(%error, "cannot wait for a device's limit");
+    fn set_timer(&mut self) {
+        let Some(at) = self.unit.due_at() else { return };
+        if self.expires.is_some_and(|expires| expires <= at) {
+            return;
+        }
+        // Zero would stop it.
+        let wait = at.saturating_duration_since(Instant::now()).max(Duration::from_nanos(1));
+        match self.timer.reset(wait, None) {
+            Ok(()) => self.expires = Some(at),
+            Err(error) => warn!(%error, "cannot wait for a device's limit"),
         }
     }
 
-    /// Lets all go on that wait for a limit.
+    /// The timer has expired, perhaps for something that has gone on since.
     fn serve_waiting(&mut self) {
-        self.unit.waiting_queues().for_each(|queue| signal(&self.kicks[usize::from(queue)]));
+        let kicks = &self.kicks;
+        self.unit.serve_waiting(|queue| signal(&kicks[usize::from(queue)]));
+        self.set_timer();
     }
 
     /// Calls everything once, for what may have happened while nobody looked.
@@ -149,7 +157,7 @@ impl Subscriber {
         }
         if update.limits {
             self.unit.set_limits(&update.config.limits());
-            self.serve_waiting();
+            self.unit.waiting_queues().for_each(|queue| signal(&self.kicks[usize::from(queue)]));
         }
         Ok(())
     }
@@ -163,7 +171,7 @@ fn signal(event: &EventFd) {
 impl MutEventSubscriber for Subscriber {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         let kicks = self.kicks.iter().enumerate().map(|(i, event)| (event.as_raw_fd(), i as u32));
-        let own = [(self.again.as_raw_fd(), AGAIN), (self.tokens.as_raw_fd(), TOKENS)];
+        let own = [(self.again.as_raw_fd(), AGAIN), (self.timer.as_raw_fd(), DUE)];
         for (fd, data) in kicks.chain(own) {
             if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN)) {
                 warn!(%error, "cannot watch a queue");
@@ -176,7 +184,7 @@ impl MutEventSubscriber for Subscriber {
         match data {
             ..AGAIN => _ = self.kicks[data as usize].read(),
             AGAIN => _ = self.again.read(),
-            TOKENS => _ = self.tokens.wait(),
+            DUE => (_, self.expires) = (self.timer.wait(), None),
             _ => {}
         }
         // What happens while the device is paused or off is made up for by `wake_all`.
@@ -186,7 +194,7 @@ impl MutEventSubscriber for Subscriber {
         match data {
             ..AGAIN => self.serve_queue(data as u16),
             AGAIN => self.serve_pending(),
-            TOKENS => self.serve_waiting(),
+            DUE => self.serve_waiting(),
             _ => self.serve_source(data - SOURCE),
         }
         self.errors.look(self.unit.counters());
@@ -265,7 +273,8 @@ impl Runner {
             kicks: kicks.clone(),
             again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             pending: Vec::new(),
-            tokens: TimerFd::new().map_err(std::io::Error::from)?,
+            timer: TimerFd::new().map_err(std::io::Error::from)?,
+            expires: None,
             sources: Vec::new(),
             paused: false,
             errors: ErrorWatch { told: 0, at: None, tell: tell_errors },

@@ -7,6 +7,7 @@ pub mod config_space;
 pub mod console;
 pub mod mmio;
 pub mod net;
+pub mod patience;
 pub mod pci;
 pub mod pmem;
 mod poller;

@@ -68,6 +68,12 @@ impl Poller {
         self.epoll.as_raw_fd()
     }
 
+    /// Another descriptor that stands for all.
+    #[cfg(test)]
+    pub fn duplicate(&self) -> OwnedFd {
+        self.epoll.try_clone().expect("a descriptor")
+    }
+
     /// Watches the socket of the connection in `slot`, until it is closed.
     pub fn add(&self, socket: BorrowedFd<'_>, slot: usize) -> Result<()> {
         epoll::add(&self.epoll, socket, EventData::new_u64(slot as u64), interest(false))

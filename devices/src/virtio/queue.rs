@@ -12,6 +12,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::buffers::Buffers;
+use super::patience::Patience;
 use crate::GuestMemory;
 use crate::model::ActivateError;
 use crate::throttle::Throttle;
@@ -76,6 +77,12 @@ pub struct QueueCore {
     mistakes: u64,
     budget: u16,
     pushed: bool,
+    /// Used index up to which the driver was interrupted, or did not want to be.
+    announced: u16,
+    /// For interrupts that can wait.
+    patience: Option<Patience>,
+    /// [`Self::position`] when this turn began.
+    began: u16,
     /// The last look at the available ring found nothing.
     dry: bool,
     /// Which throttle it is subject to.
@@ -144,6 +151,9 @@ impl QueueCore {
             mistakes: 0,
             budget: 0,
             pushed: false,
+            announced: 0,
+            patience: None,
+            began: 0,
             dry: false,
             lane: 0,
             throttled: false,
@@ -154,6 +164,16 @@ impl QueueCore {
     /// Makes it subject to throttle number `lane` of those that [`Queues::lend_throttled`] is given.
     pub fn set_lane(&mut self, lane: usize) {
         self.lane = lane;
+    }
+
+    /// Lets interrupts wait, if `patient`.
+    pub fn set_patient(&mut self, patient: bool) {
+        self.patience = patient.then(Patience::default);
+    }
+
+    /// When an interrupt that waits is to be sent, with [`Self::end_wait`].
+    pub fn interrupt_at(&self) -> Option<Instant> {
+        self.patience.as_ref()?.due()
     }
 
     /// The throttle that chains wait for, if they do.
@@ -191,24 +211,57 @@ impl QueueCore {
         self.in_flight.iter().map(|word| word.count_ones()).sum()
     }
 
-    /// Whether the driver is to be interrupted for what was pushed since the last call of this.
-    pub fn take_notification(&mut self, mem: &GuestMemory) -> bool {
-        if !std::mem::take(&mut self.pushed) || !self.is_usable() {
+    /// Whether the driver wants to be interrupted for what was pushed since it was last (virtio 1.3 §2.7.7.2).
+    fn wants_interrupt(&mut self, mem: &GuestMemory) -> bool {
+        if !self.pushed || !self.is_usable() {
             return false;
         }
-        if !self.ring.event_idx_enabled() {
-            // The used index must be visible before the flag is read (virtio 1.3 §2.7.7.2).
-            fence(Ordering::SeqCst);
-            let flags: Result<u16, _> = mem.load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed);
-            return match flags {
-                Ok(flags) => u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0,
-                Err(_) => self.break_with(Fault::Memory),
-            };
-        }
-        match self.ring.needs_notification(mem) {
-            Ok(needed) => needed,
+        // The used index must be visible before the driver's word is read.
+        fence(Ordering::SeqCst);
+        let event_idx = self.ring.event_idx_enabled();
+        let used_event = if event_idx { 4 + 2 * u64::from(self.ring.size()) } else { 0 };
+        let word = mem.load(GuestAddress(self.ring.avail_ring() + used_event), Ordering::Relaxed);
+        match word.map(u16::from_le) {
+            Ok(used_event) if event_idx => {
+                let passed = self.ring.next_used().wrapping_sub(used_event).wrapping_sub(1);
+                passed < self.unannounced()
+            }
+            Ok(flags) => u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0,
             Err(_) => self.break_with(Fault::Memory),
         }
+    }
+
+    fn unannounced(&self) -> u16 {
+        self.ring.next_used().wrapping_sub(self.announced)
+    }
+
+    /// Whether the driver is to be interrupted now for what was pushed. If it can wait, it may be only later, at
+    /// [`Self::interrupt_at`].
+    pub fn take_notification(&mut self, mem: &GuestMemory) -> bool {
+        let wanted = self.wants_interrupt(mem);
+        let (used, size) = (self.unannounced(), self.ring.size());
+        if let Some(patience) = &mut self.patience {
+            if wanted && patience.holds_back(used, size) {
+                return false;
+            }
+            patience.paid();
+        }
+        self.announced();
+        wanted
+    }
+
+    /// As [`Self::take_notification`], for what has waited long enough.
+    pub fn end_wait(&mut self, mem: &GuestMemory) -> bool {
+        let wanted = self.wants_interrupt(mem);
+        if let Some(patience) = &mut self.patience {
+            if wanted { patience.ended() } else { patience.paid() }
+        }
+        self.announced();
+        wanted
+    }
+
+    fn announced(&mut self) {
+        (self.pushed, self.announced) = (false, self.ring.next_used());
     }
 
     /// Asks the driver not to kick while the queue is being served anyway.
@@ -232,6 +285,16 @@ impl QueueCore {
     /// Where the device is in the available ring: moves when a chain is popped.
     pub fn position(&self) -> u16 {
         self.ring.next_avail()
+    }
+
+    /// A turn begins.
+    pub fn begin_turn(&mut self) {
+        self.began = self.position();
+    }
+
+    /// Whether chains were popped in this turn.
+    pub fn has_moved(&self) -> bool {
+        self.position() != self.began
     }
 
     /// Whether the device, in the last call, looked for chains until there were none.

@@ -89,7 +89,9 @@ impl DeviceHost for Host {
     }
 
     fn kick(&self, queue: u16) {
-        self.turns(|unit| unit.serve_queue(queue));
+        let mut again = Vec::new();
+        self.turns(|unit| unit.serve_queue(queue, |queue| again.push(queue)));
+        again.into_iter().for_each(|queue| self.kick(queue));
         // What takes its time on the host is waited for, so that a test finds it done.
         self.unit().drain();
     }
@@ -326,9 +328,10 @@ impl Driver {
 
     /// Waits until chains that wait for tokens may go on, and lets them. Returns whether there were any.
     pub fn wait_for_tokens(&self) -> bool {
-        let Some(at) = self.host.unit().tokens_at() else { return false };
+        let Some(at) = self.host.unit().due_at() else { return false };
         std::thread::sleep(at.saturating_duration_since(std::time::Instant::now()));
-        let waiting: Vec<u16> = self.host.unit().waiting_queues().collect();
+        let mut waiting = Vec::new();
+        self.host.unit().serve_waiting(|queue| waiting.push(queue));
         waiting.into_iter().for_each(|queue| self.host.kick(queue));
         true
     }

@@ -6,7 +6,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tracing::debug;
 
@@ -19,6 +19,9 @@ use crate::throttle::{Limits, LogLimit, Throttle};
 
 /// How often a queue that fills as fast as it is served is served in one turn.
 const ROUNDS: usize = 4;
+
+/// A limit of a token each few microseconds is served in portions.
+const SHORTEST_WAIT: Duration = Duration::from_millis(1);
 
 /// A device and its queues.
 pub struct Unit {
@@ -85,6 +88,7 @@ impl Unit {
         let core = |(i, config)| {
             let mut core = QueueCore::new(i, config, event_idx, self.epoch, &self.mem)?;
             core.set_lane(self.device.lane(i));
+            core.set_patient(self.device.can_wait(i));
             Ok(core)
         };
         self.cores = (0u16..).zip(queues).map(core).collect::<Result<_, _>>()?;
@@ -105,24 +109,35 @@ impl Unit {
     }
 
     /// Serves `queue` after its driver's kick. [`Progress::More`]: this is to be called again soon, and the driver
-    /// will not kick before that.
-    pub fn serve_queue(&mut self, queue: u16) -> Progress {
-        let progress = self.serve_rounds(queue);
-        self.settle();
-        progress
+    /// will not kick before that. `again` is called with other queues that are to be served soon.
+    pub fn serve_queue(&mut self, queue: u16, again: impl FnMut(u16)) -> Progress {
+        self.turn(|unit| unit.serve_rounds(queue), Some(queue), again)
     }
 
     /// Serves the host's event `token`. [`Progress::More`]: this is to be called again soon. `again` is called with
     /// queues for which [`Self::serve_queue`] is to be called soon.
-    pub fn serve_source(&mut self, token: u32, mut again: impl FnMut(u16)) -> Progress {
-        let before: Vec<u16> = self.cores.iter().map(QueueCore::position).collect();
-        let (device, mut queues) = self.lend();
-        let progress = device.host_event(&mut queues, token);
+    pub fn serve_source(&mut self, token: u32, again: impl FnMut(u16)) -> Progress {
+        let serve = |unit: &mut Self| {
+            let (device, mut queues) = unit.lend();
+            device.host_event(&mut queues, token)
+        };
+        self.turn(serve, None, again)
+    }
+
+    /// A turn of `serve`, which takes care of queue `but` itself.
+    fn turn(
+        &mut self,
+        serve: impl FnOnce(&mut Self) -> Progress,
+        but: Option<u16>,
+        mut again: impl FnMut(u16),
+    ) -> Progress {
+        self.cores.iter_mut().for_each(QueueCore::begin_turn);
+        let progress = serve(self);
         // With event index, a driver kicks only when it passes the position that it was last told. A device that
         // used up a queue's chains here waits for that kick.
-        for (queue, before) in (0u16..).zip(before) {
+        for queue in (0u16..).take(self.cores.len()).filter(|&queue| Some(queue) != but) {
             let core = &mut self.cores[usize::from(queue)];
-            let more = core.position() != before && core.enable_kicks(&self.mem);
+            let more = core.has_moved() && core.enable_kicks(&self.mem);
             if more && self.serve_rounds(queue) == Progress::More {
                 again(queue);
             }
@@ -160,21 +175,46 @@ impl Unit {
     }
 
     /// When chains that wait for a throttle's tokens may go on, if any do.
-    pub fn tokens_at(&self) -> Option<Instant> {
+    fn tokens_at(&self) -> Option<Instant> {
         self.cores.iter().filter_map(|core| self.throttles.get(core.waits_for()?)?.permits_at()).min()
     }
 
-    /// The queues whose chains wait for tokens: to be served again at [`Self::tokens_at`].
+    /// When [`Self::serve_waiting`] is to be called, if anything waits for tokens or to be told to the driver.
+    pub fn due_at(&self) -> Option<Instant> {
+        let tokens = self.tokens_at().map(|at| at.max(Instant::now() + SHORTEST_WAIT));
+        self.cores.iter().filter_map(QueueCore::interrupt_at).chain(tokens).min()
+    }
+
+    /// Sends interrupts that have waited long enough. `again` is called with queues whose chains may go on: they are to be
+    /// served.
+    pub fn serve_waiting(&mut self, again: impl FnMut(u16)) {
+        let now = Instant::now();
+        self.end_waits(|at| at <= now);
+        if self.tokens_at().is_some_and(|at| at <= now) {
+            self.waiting_queues().for_each(again);
+        }
+    }
+
+    /// The queues whose chains wait for tokens.
     pub fn waiting_queues(&self) -> impl Iterator<Item = u16> + '_ {
         (0u16..).zip(&self.cores).filter(|(_, core)| core.waits_for().is_some()).map(|(queue, _)| queue)
     }
 
-    /// Finishes all requests in flight.
+    fn end_waits(&mut self, is_due: impl Fn(Instant) -> bool) {
+        for (queue, core) in (0u16..).zip(&mut self.cores) {
+            if core.interrupt_at().is_some_and(&is_due) && core.end_wait(&self.mem) {
+                self.notifier.queue_used(queue);
+            }
+        }
+    }
+
+    /// Finishes all requests in flight, and tells the driver of all that it is to be told.
     pub fn drain(&mut self) {
         if self.is_active() {
             let (device, mut queues) = self.lend();
             device.drain(&mut queues);
             self.settle();
+            self.end_waits(|_| true);
         }
     }
 

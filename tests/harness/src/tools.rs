@@ -1,5 +1,5 @@
 //! A root file system with the tools that load a machine: the demo's files, Debian's fio with the libraries it is linked
-//! to, and our own `netload` and `registers`.
+//! to, and our own `netload`, `registers` and `stream-peer`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -19,22 +19,25 @@ const LAYOUT: &str = "1";
 pub fn image() -> Result<PathBuf> {
     packages::ensure(&["fio", "e2fsprogs"])?;
     let fio = packages::find_program("fio")?;
-    let (netload, registers) = (netload()?, registers()?);
+    let ours =
+        [("netload", netload()?), ("registers", registers()?), ("stream-peer", binaries::stream_peer()?)];
+    let hashes =
+        ours.iter().map(|(_, program)| crate::lab::content_hash(program)).collect::<Result<Vec<_>>>()?;
     // The demo's own name changes with its parts.
     let demo = crate::demo_image()?;
     let recipe = format!(
-        "{LAYOUT} {} {} {} {}",
+        "{LAYOUT} {} {} {}",
         demo.display(),
         command::output(&mut command::words("dpkg-query -W fio libc6"))?,
-        crate::lab::content_hash(&netload)?,
-        crate::lab::content_hash(&registers)?
+        hashes.join(" ")
     );
     let dir = cache::build_once("tools-rootfs", &recipe, |dir| {
         let tree = dir.join("tree");
         rootfs::demo_tree(&tree, &mut Console::new())?;
         copy_program(&tree, &fio)?;
-        copy(&tree, &netload, Path::new("usr/bin/netload"))?;
-        copy(&tree, &registers, Path::new("usr/bin/registers"))?;
+        for (name, program) in &ours {
+            copy(&tree, program, &Path::new("usr/bin").join(name))?;
+        }
         rootfs::build_ext4(
             &tree,
             &dir.join("rootfs.ext4"),

@@ -1,7 +1,7 @@
 //! The block device (virtio 1.3 §5.2) on a disk image or a block device of the host.
 //!
 //! A request goes through three steps: `request` reads it from its chain, a `job` does it, and the device completes
-//! it. Jobs that are a copy to the host's page cache are done on the spot; all others are given to an `engine`,
+//! it. Jobs that are a copy to or from the host's page cache are done on the spot; all others are given to an `engine`,
 //! many at a time, and come back in any order.
 //!
 //! **Order.** A flush covers the writes that were completed before it was asked for; these are in the host's page
@@ -52,7 +52,7 @@ const MAX_PER_CALL: usize = 16 << 20;
 const MAX_REQUEST: usize = 64 << 20;
 /// Most requests in the engine's hands; more stay in their queues.
 const MAX_IN_FLIGHT: usize = 256;
-/// Most bytes that are written on the spot in one go.
+/// Most bytes that are read or written on the spot in one go.
 const MAX_ON_THE_SPOT: usize = 256 << 10;
 /// A copy to the page cache that takes longer than this was made to wait until the host's disk caught up.
 const SLOW: Duration = Duration::from_millis(20);
@@ -248,15 +248,7 @@ impl Block {
     /// Does a job's steps as far as they can be done on the spot, and gives the first that cannot to the engine.
     fn go_on(&mut self, mut job: Box<Job>, queue: &mut VirtQueue<'_>) {
         while job.prepare() {
-            if !self.on_the_spot(&job) {
-                return self.engine.start(job);
-            }
-            let began = Instant::now();
-            let result = job.perform();
-            let ended = Instant::now();
-            if ended - began > SLOW {
-                self.slow_until = Some(ended + AVOID);
-            }
+            let Some(result) = self.on_the_spot(&mut job) else { return self.engine.start(job) };
             if let Err(error) = job.advance(result) {
                 return self.complete(*job, Err(Failure::Host(error)), queue);
             }
@@ -264,17 +256,30 @@ impl Block {
         self.complete(*job, Ok(()), queue);
     }
 
-    /// Whether a step is a mere copy to the host's page cache, which no engine does faster: io_uring would hand it to
-    /// a thread of the kernel on most file systems. While the host makes writers wait, it is not.
-    fn on_the_spot(&mut self, job: &Job) -> bool {
-        let copy = matches!(job.step(), Step::Write { durable: false, .. })
-            && self.settings.cache != Cache::None
-            && job.disk().image().is_none()
-            && job.bytes() <= MAX_ON_THE_SPOT;
-        if copy && self.slow_until.is_some_and(|until| Instant::now() > until) {
-            self.slow_until = None;
+    /// Does a step that is a mere copy to or from the host's page cache, which no engine does faster: io_uring would hand
+    /// writes to a thread of the kernel on most file systems, and a ring costs more than the call it saves.
+    fn on_the_spot(&mut self, job: &mut Job) -> Option<std::io::Result<usize>> {
+        let copies = self.settings.cache != Cache::None && job.bytes() <= MAX_ON_THE_SPOT;
+        match job.step() {
+            Step::Read { .. } if copies => job.perform_cached(),
+            Step::Write { durable: false, .. } if copies && job.disk().image().is_none() => self.copy(job),
+            _ => None,
         }
-        copy && self.slow_until.is_none()
+    }
+
+    /// Writes to the page cache, but while the host makes its writers wait.
+    fn copy(&mut self, job: &mut Job) -> Option<std::io::Result<usize>> {
+        let began = Instant::now();
+        if self.slow_until.is_some_and(|until| began <= until) {
+            return None;
+        }
+        self.slow_until = None;
+        let result = job.perform();
+        let ended = Instant::now();
+        if ended - began > SLOW {
+            self.slow_until = Some(ended + AVOID);
+        }
+        Some(result)
     }
 
     /// Gives a request that has been done, or has failed, back to the driver.

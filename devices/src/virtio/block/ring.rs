@@ -1,4 +1,4 @@
-//! The io_uring engine: one system call begins a whole batch, and what the page cache has is done in it.
+//! The io_uring engine: one system call begins a whole batch.
 //!
 //! - Guest memory is not registered as fixed buffers: that would pin all of it, and end overcommit, ballooning
 //!   and free-page reporting.

@@ -1,7 +1,7 @@
 //! The portable engine: a few threads that make blocking system calls.
 //!
 //! It serves where io_uring is missing or forbidden (containers often do), and formats that are more than a file.
-//! What the page cache has is read on the spot, without a thread. These are the only threads of this crate. They
+//! These are the only threads of this crate. They
 //! see jobs (an open file, and buffers of guest memory that a job keeps), and never a device, a queue or a
 //! register.
 
@@ -27,8 +27,6 @@ pub struct Threads {
     /// Taken, and not begun.
     #[expect(clippy::vec_box, reason = "they come and go as boxes")]
     batch: Vec<Box<Job>>,
-    /// Done on the spot.
-    done: Vec<Finished>,
     in_flight: usize,
 }
 
@@ -89,8 +87,7 @@ impl Threads {
             finished: Condvar::new(),
             event,
         });
-        let mut this =
-            Self { shared, threads: Vec::new(), batch: Vec::new(), done: Vec::new(), in_flight: 0 };
+        let mut this = Self { shared, threads: Vec::new(), batch: Vec::new(), in_flight: 0 };
         for _ in 0..THREADS {
             let shared = this.shared.clone();
             this.threads.push(std::thread::Builder::new().name("disk".into()).spawn(move || shared.work())?);
@@ -102,10 +99,7 @@ impl Threads {
 impl Engine for Threads {
     fn start(&mut self, job: Box<Job>) {
         self.in_flight += 1;
-        match job.perform_cached() {
-            Some(result) => self.done.push(Finished { job, result }),
-            None => self.batch.push(job),
-        }
+        self.batch.push(job);
     }
 
     fn submit(&mut self) {
@@ -121,7 +115,6 @@ impl Engine for Threads {
 
     fn finished(&mut self, done: &mut Vec<Finished>) {
         let before = done.len();
-        done.append(&mut self.done);
         // First the event, so that what is done after it signals anew.
         _ = rustix::io::read(&self.shared.event, &mut [0; 8]);
         done.append(&mut self.shared.state().done);
@@ -134,7 +127,7 @@ impl Engine for Threads {
 
     fn wait(&mut self) {
         self.submit();
-        if !self.done.is_empty() || self.in_flight == 0 {
+        if self.in_flight == 0 {
             return;
         }
         let mut state = self.shared.state();

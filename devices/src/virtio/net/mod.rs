@@ -294,6 +294,10 @@ impl VirtioDevice for Net {
         if commands { 2 } else { usize::from(queue % 2) }
     }
 
+    fn can_wait(&self, queue: u16) -> bool {
+        self.lane(queue) == 1
+    }
+
     fn activate(&mut self, features: u64) {
         let has = |bit: u32| features & 1 << bit != 0;
         let csum = has(VIRTIO_NET_F_CSUM);

@@ -260,6 +260,7 @@ impl Connection {
 
     /// Moves what is kept to the host's socket, as far as there is room.
     pub fn flush(&mut self) {
+        let kept_some = !self.backlog.is_empty();
         while !self.backlog.is_empty() {
             let (front, _) = self.backlog.as_slices();
             match send(&self.socket, front, SendFlags::NOSIGNAL | SendFlags::DONTWAIT) {
@@ -269,9 +270,10 @@ impl Connection {
                 Err(_) => self.host_receives_no_more(),
             }
         }
-        if self.backlog.is_empty() {
+        if kept_some && self.backlog.is_empty() {
             // A connection that is slow once does not keep memory for all its life.
             self.backlog = VecDeque::new();
+            // Once: each shutdown is an event of the socket, and would bring us here again.
             if self.guest_ended & NO_SEND != 0 && self.phase == Phase::Established {
                 _ = shutdown(&self.socket, Shutdown::Write);
             }

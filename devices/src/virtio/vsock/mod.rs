@@ -119,16 +119,16 @@ impl Vsock {
     fn transmit(&mut self, queues: &mut Queues<'_>) -> Progress {
         let mut queue = queues.get(TX);
         let mut moved = 0;
-        let progress = loop {
+        loop {
             self.stalled = self.resets.len() >= MAX_RESETS;
             if self.stalled {
-                break Progress::Done;
+                return Progress::Done;
             }
             if moved >= MAX_PER_CALL {
-                break Progress::More;
+                return Progress::More;
             }
             let Some(Chain { head, mut readable, .. }) = queue.pop() else {
-                break if queue.exhausted() { Progress::More } else { Progress::Done };
+                return if queue.exhausted() { Progress::More } else { Progress::Done };
             };
             let bytes = readable.len();
             let mut header = [0; HEADER_BYTES];
@@ -141,11 +141,20 @@ impl Vsock {
             queue.charge(bytes);
             Counters::add(&self.counters.requests, 1);
             queue.push(head, 0);
-        };
-        if self.has_packets() {
-            self.poller.wake();
         }
-        progress
+    }
+
+    /// What the guest's packets call for, in the same turn.
+    fn answer(&mut self, queues: &mut Queues<'_>) -> Progress {
+        let delivered = if self.has_packets() { self.deliver(queues) } else { Progress::Done };
+        self.set_timer();
+        // There is room again for the resets that packets may call for.
+        let goes_on = self.stalled && self.resets.len() < MAX_RESETS;
+        if goes_on { Progress::More } else { delivered }
+    }
+
+    fn set_timer(&mut self) {
+        self.poller.call_at(self.table.first_deadline().into_iter().chain(self.accept_at).min());
     }
 
     /// Takes one packet of the guest's; `data` is all that follows the header. An error is a packet that no driver
@@ -504,7 +513,11 @@ impl VirtioDevice for Vsock {
 
     fn process(&mut self, queues: &mut Queues<'_>, queue: u16) -> Progress {
         match queue {
-            TX => self.transmit(queues),
+            // Answers go in the same turn.
+            TX => match (self.transmit(queues), self.answer(queues)) {
+                (Progress::Done, Progress::Done) => Progress::Done,
+                _ => Progress::More,
+            },
             RX => {
                 let progress = self.deliver(queues);
                 if self.stalled && self.resets.len() < MAX_RESETS {
@@ -544,14 +557,19 @@ impl VirtioDevice for Vsock {
         }
         if self.stalled {
             more |= self.transmit(queues) == Progress::More;
+            more |= self.answer(queues) == Progress::More;
         }
-        self.poller.call_at(self.table.first_deadline().into_iter().chain(self.accept_at).min());
+        self.set_timer();
         if more { Progress::More } else { Progress::Done }
     }
 
     /// Events are outside all limits.
     fn lane(&self, queue: u16) -> usize {
         usize::from(queue == EVENT)
+    }
+
+    fn can_wait(&self, queue: u16) -> bool {
+        queue == TX
     }
 
     fn reset(&mut self) {

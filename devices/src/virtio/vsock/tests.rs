@@ -67,6 +67,20 @@ fn a_call_that_nobody_takes_is_refused() {
 }
 
 #[test]
+fn a_direction_that_has_ended_causes_no_more_events() {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut events = None;
+    let mut guest = Guest::with(|vsock| events = Some(vsock.poller.duplicate()));
+    let (stream, _host) = guest.called(52);
+    assert!(guest.send(stream.flags(Op::Shutdown, NO_SEND), &[]));
+    // That of the end itself.
+    guest.driver.host_events();
+    let events = events.expect("a device");
+    let mut fds = [PollFd::new(&events, PollFlags::IN)];
+    assert_eq!(poll(&mut fds, Some(&Timespec::default())), Ok(0), "the device would spin");
+}
+
+#[test]
 fn a_first_line_that_is_none_ends_the_connection() {
     let mut guest = Guest::new();
     for line in

@@ -27,7 +27,7 @@ pub struct Options {
     /// Measure vmm with each of these --transport too
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     transport: Vec<String>,
-    /// Measure this binary of vmm too
+    /// Measure this binary of vmm too, with all transports
     #[arg(long, value_name = "PATH")]
     against: Option<PathBuf>,
     /// Also print the figures as JSON
@@ -59,14 +59,15 @@ impl Options {
         let subject = |name: &str, vmm: &PathBuf, more: &str| {
             Subject::new(name, &vmm.display().to_string(), &arguments(more))
         };
-        let mut subjects = vec![subject("vmm", &release, "")];
-        subjects.extend(self.against.iter().map(|other| subject("vmm (other binary)", other, "")));
-        subjects.extend(
-            self.transport
-                .iter()
-                .map(|name| subject(&format!("vmm {name}"), &release, &format!("--transport {name}"))),
-        );
-        Ok(subjects)
+        let binaries =
+            [("vmm", &release)].into_iter().chain(self.against.iter().map(|other| ("other vmm", other)));
+        let variants = |(name, vmm): (&str, &PathBuf)| {
+            let transports = self.transport.iter();
+            let other =
+                transports.map(|how| subject(&format!("{name} {how}"), vmm, &format!("--transport {how}")));
+            [subject(name, vmm, "")].into_iter().chain(other).collect::<Vec<_>>()
+        };
+        Ok(binaries.flat_map(variants).collect())
     }
 
     /// In each run every machine has its turn, a list of values for each job; the medians become the table's rows.

@@ -73,9 +73,22 @@ impl Machine {
         Ok(Window { output, usage, interrupts })
     }
 
+    /// What its VMM has used so far.
+    pub fn usage(&self) -> Result<Usage> {
+        self.watched.usage()
+    }
+
+    /// Bytes of its VMM that are resident.
+    pub fn resident(&self) -> Result<u64> {
+        self.watched.resident()
+    }
+
     /// Interrupts of virtio devices that the guest has seen.
     fn interrupts(&mut self) -> Result<u64> {
         let lines = self.shell("grep virtio /proc/interrupts || true")?;
+        if std::env::var_os("IRQS").is_some() {
+            eprintln!("{lines}");
+        }
         // `NUMBER: COUNT... CHIP NAME`, a count for each CPU.
         let counts = lines
             .lines()

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 
+mod balloon;
 mod block;
 mod boot;
 mod load;
@@ -20,6 +21,7 @@ mod start;
 mod table;
 mod tracepoints;
 mod usage;
+mod vsock;
 
 /// Measure a whole machine, side by side with QEMU's microvm
 #[derive(Args)]
@@ -40,6 +42,10 @@ enum What {
     Block(block::Options),
     /// TCP and UDP between a guest and its host: speed, latency, processor time and exits
     Net(load::Options),
+    /// Streams between a guest and its host by vsock: speed, latency, calls, processor time and exits
+    Vsock(load::Options),
+    /// Memory that a guest frees: how much of it comes back to the host, and when
+    Balloon(load::Options),
 }
 
 /// How to measure.
@@ -62,6 +68,8 @@ impl Bench {
             What::Memory(options) => (memory::run(runs(&options)?)?, options.json),
             What::Block(options) => (block::run(&options)?, options.load.json),
             What::Net(options) => (net::run(&options)?, options.json),
+            What::Vsock(options) => (vsock::run(&options)?, options.json),
+            What::Balloon(options) => (balloon::run(&options)?, options.json),
         };
         println!("{table}");
         if json {

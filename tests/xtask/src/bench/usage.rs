@@ -8,12 +8,18 @@ use anyhow::{Context, Result};
 use super::tracepoints::Counter;
 
 /// Tracepoints of vCPU threads, in the order of [`Usage::counts`].
-const EVENTS: [&str; 4] =
-    ["kvm/kvm_userspace_exit", "kvm/kvm_exit", "kvm/kvm_emulate_insn", "kvmmmu/kvm_mmu_pagetable_walk"];
+const EVENTS: [&str; 5] = [
+    "kvm/kvm_userspace_exit",
+    "kvm/kvm_exit",
+    "kvm/kvm_mmio",
+    "kvm/kvm_emulate_insn",
+    "kvmmmu/kvm_mmu_pagetable_walk",
+];
 /// What they are, as columns of a table; `{}` is what they are divided by.
-const COLUMNS: [&str; 4] = ["exits/{}", "KVM exits/{}", "emulated/{}", "walks/{}"];
+const COLUMNS: [&str; 5] = ["exits/{}", "KVM exits/{}", "accesses/{}", "emulated/{}", "walks/{}"];
 /// What they are, for people.
-pub const NOTE: &str = "of the vCPU: exits to the VMM; all exits (not told by kvm-pvm); instructions that KVM emulated; \
+pub const NOTE: &str = "of the vCPU: exits to the VMM; all exits (not told by kvm-pvm); accesses to \
+                        registers, kicks that the kernel takes included; instructions that KVM emulated; \
                         walks of the guest's page tables, for faults and emulation";
 
 /// A VMM to look at while it runs.
@@ -47,6 +53,15 @@ impl Watched {
             }
         }
         Ok(Self { pid, vcpus })
+    }
+
+    /// Bytes of it that are resident.
+    pub fn resident(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib: u64 =
+            line.and_then(|line| line.trim().strip_suffix(" kB")).context("VmRSS in kB")?.parse()?;
+        Ok(kib << 10)
     }
 
     /// What it has used since its start; tracepoints count from `new` on.

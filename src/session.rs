@@ -11,9 +11,11 @@ use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::stdio::{stdin, stdout};
+use vmm_core::config::SerialConfig;
 use vmm_core::console::{ConsoleInput, ConsoleReader};
 use vmm_core::{StopReason, Vm};
 
+use crate::machines::console::ConsoleServer;
 use crate::signals::{Request, Signals};
 use crate::terminal::{self, KEYS_HELP, KeyCommand, Keys, Terminal};
 
@@ -89,19 +91,40 @@ impl SignalThread {
     }
 }
 
-/// How a guest is run in the foreground.
-#[derive(Clone, Copy, Debug)]
+/// How a guest is run.
+#[derive(Clone)]
 pub struct Manner {
-    /// Its console is standard input and output.
-    pub interactive: bool,
+    /// Where its console is.
+    pub console: Console,
     /// Nothing is said but errors.
     pub quiet: bool,
+}
+
+/// Where a guest's console is.
+#[derive(Clone)]
+pub enum Console {
+    /// On standard input and output.
+    Stdio,
+    /// On a socket, and in a log.
+    Attachable(Arc<ConsoleServer>),
+    /// The machine itself has it: in a file, or nowhere.
+    Machine,
+}
+
+impl Console {
+    /// Where it is when nothing but `serial` is said.
+    pub fn of(serial: &SerialConfig) -> Self {
+        match serial {
+            SerialConfig::Stdio => Self::Stdio,
+            SerialConfig::Null | SerialConfig::File(_) => Self::Machine,
+        }
+    }
 }
 
 /// Starts `vm` and runs it to its end, with the terminal as it was afterwards. `started` is called once the guest runs.
 pub fn run(
     vm: &Arc<Vm>,
-    Manner { interactive, quiet }: Manner,
+    Manner { console, quiet }: Manner,
     signals: &SignalThread,
     started: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<Ended> {
@@ -109,28 +132,33 @@ pub fn run(
     let session = Arc::new(Session { vm: vm.clone(), cause: OnceLock::new(), events });
     // From here on a signal ends the machine and no longer the process.
     _ = signals.session.set(session.clone());
-    let terminal = if interactive { Terminal::take() } else { None };
+    let stdio = matches!(console, Console::Stdio);
+    let terminal = if stdio { Terminal::take() } else { None };
     match (vm.start(), session.cause.get()) {
         // A signal was quicker.
         (Ok(()), _) | (Err(_), Some(_)) => {}
         (Err(error), None) => return Err(error.into()),
     }
     started()?;
-    if interactive && let Some(console) = vm.take_console() {
-        let (copier, input) = (session.clone(), vm.console_input());
-        spawn("output", move || copier.copy_output(console))?;
-        let copier = session.clone();
-        match terminal {
-            Some(_) => spawn("input", move || copier.copy_keys(&input))?,
-            None => spawn("input", move || copy_input(input))?,
+    let flushes = match (&console, vm.take_console()) {
+        (Console::Attachable(server), Some(output)) => {
+            server.accept(vm.console_input())?;
+            let (server, session) = (server.clone(), session.clone());
+            spawn("output", move || {
+                server.copy_output(output, SETTLE);
+                _ = session.events.send(Event::Flushed);
+            })?;
+            true
         }
-        if terminal.is_some() && !quiet && !rustix::termios::isatty(stdout()) {
-            crate::cli::say("the terminal belongs to the guest; Ctrl-A x stops it, Ctrl-A h lists the keys");
+        (Console::Stdio, Some(output)) => {
+            session.attach_stdio(vm, output, terminal.is_some(), quiet)?;
+            true
         }
-    }
+        _ => false,
+    };
 
     let reason = vm.wait();
-    if interactive {
+    if flushes {
         wait_until_flushed(&finished);
     }
     Ok(Ended { reason, cause: session.cause.get().cloned() })
@@ -150,6 +178,27 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> anyhow::Result<()>
 }
 
 impl Session {
+    /// Starts the threads that copy between the console and standard input and output.
+    fn attach_stdio(
+        self: &Arc<Self>,
+        vm: &Vm,
+        output: ConsoleReader,
+        terminal: bool,
+        quiet: bool,
+    ) -> anyhow::Result<()> {
+        let (copier, input) = (self.clone(), vm.console_input());
+        spawn("output", move || copier.copy_output(output))?;
+        let copier = self.clone();
+        match terminal {
+            true => spawn("input", move || copier.copy_keys(&input))?,
+            false => spawn("input", move || copy_input(input))?,
+        }
+        if terminal && !quiet && !rustix::termios::isatty(stdout()) {
+            crate::cli::say("the terminal belongs to the guest; Ctrl-A x stops it, Ctrl-A h lists the keys");
+        }
+        Ok(())
+    }
+
     /// Ends the guest at once, without waiting until it has ended. The first cause is the one that counts.
     fn end(&self, cause: Cause) {
         _ = self.cause.set(cause);
@@ -202,7 +251,8 @@ impl Session {
                         match command {
                             Some(KeyCommand::Stop) => return self.end(Cause::Key),
                             Some(KeyCommand::Help) => self.tell(KEYS_HELP),
-                            None => {}
+                            // Nobody is attached to a machine in the foreground.
+                            Some(KeyCommand::Detach) | None => {}
                         }
                     }
                 }
@@ -254,7 +304,7 @@ fn copy_input(mut input: ConsoleInput) {
 }
 
 /// Reads, waiting even where whoever shares the descriptor has made it non-blocking.
-fn read(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
+pub fn read(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
     loop {
         match rustix::io::read(fd, &mut *buf) {
             Err(Errno::AGAIN) => wait_for(fd, PollFlags::IN),
@@ -265,7 +315,7 @@ fn read(fd: BorrowedFd<'_>, buf: &mut [u8]) -> Result<usize, Errno> {
 }
 
 /// Writes all of `data`, as [`read`] reads.
-fn write_all(fd: BorrowedFd<'_>, mut data: &[u8]) -> Result<(), Errno> {
+pub fn write_all(fd: BorrowedFd<'_>, mut data: &[u8]) -> Result<(), Errno> {
     while !data.is_empty() {
         match rustix::io::write(fd, data) {
             Ok(n) => data = &data[n..],

@@ -127,6 +127,8 @@ pub enum KeyCommand {
     Stop,
     /// Show the keys.
     Help,
+    /// Leave a machine that goes on.
+    Detach,
 }
 
 /// Finds the command's own keys in what is typed.
@@ -134,11 +136,18 @@ pub enum KeyCommand {
 pub struct Keys {
     /// The last byte was a Ctrl-A, which is held back.
     after_prefix: bool,
+    /// There is a machine that can be left, but not stopped like this.
+    attached: bool,
 }
 
 const CTRL_A: u8 = 1;
 
 impl Keys {
+    /// Keys for a machine that runs elsewhere.
+    pub fn attached() -> Self {
+        Self { attached: true, ..Self::default() }
+    }
+
     /// Takes bytes off the front of `typed` up to and with the first command. The guest's go to `guest`.
     pub fn next_command(&mut self, typed: &mut &[u8], guest: &mut Vec<u8>) -> Option<KeyCommand> {
         while let Some((&byte, rest)) = typed.split_first() {
@@ -151,8 +160,9 @@ impl Keys {
                 continue;
             }
             match byte {
-                b'x' | b'X' => return Some(KeyCommand::Stop),
+                b'x' | b'X' if !self.attached => return Some(KeyCommand::Stop),
                 b'h' | b'H' | b'?' => return Some(KeyCommand::Help),
+                b'd' | b'D' if self.attached => return Some(KeyCommand::Detach),
                 CTRL_A => guest.push(CTRL_A),
                 // Not ours, so it was meant for the guest: Ctrl-A goes to the start of a line in every shell.
                 byte => guest.extend([CTRL_A, byte]),
@@ -185,6 +195,7 @@ mod tests {
             (b"ls\r", b"ls\r", &[]),
             (b"\x01x", b"", &[Stop]),
             (b"a\x01hb", b"ab", &[Help]),
+            (b"\x01d", b"\x01d", &[]),
             (b"\x01\x01", b"\x01", &[]),
             (b"\x01\x01x", b"\x01x", &[]),
             (b"\x01\x01\x01x", b"\x01", &[Stop]),
@@ -197,6 +208,14 @@ mod tests {
                 assert_eq!(feed(typed, size), (guest.to_vec(), commands.to_vec()), "{typed:?} by {size}");
             }
         }
+    }
+
+    #[test]
+    fn who_is_attached_can_leave_and_not_stop() {
+        let (mut keys, mut guest) = (Keys::attached(), Vec::new());
+        let mut typed = &b"a\x01xb\x01dc"[..];
+        assert_eq!(keys.next_command(&mut typed, &mut guest), Some(KeyCommand::Detach));
+        assert_eq!((&guest[..], typed), (&b"a\x01xb"[..], &b"c"[..]));
     }
 
     /// Set for the run of this test that panics, on a terminal of its own.

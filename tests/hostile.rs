@@ -48,7 +48,9 @@ fn attack(transport: &str, seed: u64) -> Result<()> {
     let net = NetNs::new(&place)?;
     let initramfs = tempfile::NamedTempFile::new()?;
     std::fs::write(initramfs.path(), initramfs_with(&[("hostile-driver", &binaries::hostile_driver()?)])?)?;
-    let [witness, victim] = [Disk::ext4(16 * MIB)?, Disk::ext4(16 * MIB)?];
+    let [witness, victim, relic] = [Disk::ext4(16 * MIB)?, Disk::ext4(16 * MIB)?, Disk::ext4(16 * MIB)?];
+    let relic_is = || place.shell(&format!("sha256sum < {}", place.provide(relic.path())?))?.ok();
+    let (relic_was, victim_was) = (relic_is()?, std::fs::read(victim.path())?);
     let mut line = String::from("mount /dev/vda /tmp && echo before > /tmp/before && ");
     write!(line, "hostile-driver {seed} vda && echo after > /tmp/after && umount /tmp && ")?;
     // Linux has its drivers back, and the devices work for them.
@@ -60,6 +62,7 @@ fn attack(transport: &str, seed: u64) -> Result<()> {
         .memory(&RAM.to_string())
         .disk(&witness)
         .disk(&victim)
+        .disk_with(&relic, ",ro")
         .within(&net)
         .arg("--transport")
         .arg(transport)
@@ -87,6 +90,11 @@ fn attack(transport: &str, seed: u64) -> Result<()> {
     }
     ensure!(own <= OWN_MEMORY, "the VMM has {own} bytes besides guest RAM");
     ensure!(run.stderr.len() <= STDERR, "the VMM says {} bytes:\n{}", run.stderr.len(), run.stderr);
+    ensure!(relic_is()? == relic_was, "a read-only disk was written to");
+    ensure!(
+        std::fs::read(victim.path())? != victim_was,
+        "writes were tried, and one that may be written was not"
+    );
     witness.check_ext4()?;
     for name in ["before", "after"] {
         ensure!(witness.read_file(name)? == format!("{name}\n"), "{name} is lost");

@@ -59,13 +59,13 @@ impl Control {
     }
 
     /// Controls a machine that is there already.
-    pub fn of(vm: Arc<Vm>) -> Self {
+    pub fn of(name: &str, vm: Arc<Vm>) -> Self {
         let config = vm.config();
         let (configuration, transport) = (FullConfiguration::of(&config), config.transport);
         let state = Mutex::new(State { configuration, started: Some(Started::with_its_own_names(vm)) });
         // Neither is used: what it takes is done before the start.
         let (orders, set_logger) = (std::sync::mpsc::channel().0, Box::new(|_: &Logger| Ok(())));
-        Self { id: "vmm".into(), transport, state, orders, set_logger, metrics: MetricsFile::default() }
+        Self { id: name.into(), transport, state, orders, set_logger, metrics: MetricsFile::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -5,7 +5,7 @@ mod control;
 pub mod firecracker;
 mod http;
 mod metrics;
-mod own;
+pub mod own;
 
 use std::os::fd::AsFd;
 use std::path::Path;

@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, Receiver};
 use anyhow::{Context, anyhow};
 use clap::{ArgAction, Args, Parser};
 use vmm_core::Vm;
-use vmm_core::config::{SerialConfig, Transport};
+use vmm_core::config::Transport;
 use vmm_core::console::WhenFull;
 
 use super::{logging, run, say};
@@ -16,7 +16,7 @@ use crate::api::firecracker::VERSION;
 use crate::api::firecracker::types::{FullConfiguration, LogLevel, Logger, Metrics};
 use crate::api::{Control, MAX_BODY, Order, Socket, open_api};
 use crate::exit::{ExitStatus, UsageError};
-use crate::session::{self, Manner, SignalThread};
+use crate::session::{self, Console, Manner, SignalThread};
 
 /// Serve the control API on a unix socket and wait for a machine to be configured
 ///
@@ -239,7 +239,7 @@ fn run_machine(orders: &Receiver<Order>, signals: &SignalThread) -> anyhow::Resu
             Order::Launch { config, reply } => (config, reply),
             Order::End(sentence) => return Err(anyhow!(sentence)),
         };
-        let interactive = config.serial == SerialConfig::Stdio;
+        let console = Console::of(&config.serial);
         let built = Vm::builder(config).console_when_full(WhenFull::Wait).build();
         let vm = match built {
             Ok(vm) => Arc::new(vm),
@@ -257,7 +257,7 @@ fn run_machine(orders: &Receiver<Order>, signals: &SignalThread) -> anyhow::Resu
                 Ok(())
             }
         };
-        match session::run(&vm, Manner { interactive, quiet: true }, signals, started) {
+        match session::run(&vm, Manner { console, quiet: true }, signals, started) {
             Ok(ended) => return run::status(&ended, None),
             Err(error) => _ = reply.send(Err(super::sentence(&error))),
         }

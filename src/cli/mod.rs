@@ -3,8 +3,10 @@
 mod api;
 mod check;
 mod completion;
+mod detach;
 mod device_flags;
 mod logging;
+mod machines;
 mod man;
 mod run;
 mod usage;
@@ -45,6 +47,8 @@ enum Command {
     Api(api::ApiArgs),
     Completion(completion::CompletionArgs),
     Man(man::ManArgs),
+    #[command(flatten)]
+    Machine(machines::MachineCommand),
 }
 
 /// Runs the command. `start` is when the process began.
@@ -95,6 +99,7 @@ fn dispatch(command: Command, start: Instant) -> anyhow::Result<ExitStatus> {
         Command::Check(args) => check::run(&args),
         Command::Completion(args) => completion::run(&args),
         Command::Man(args) => man::run(&args),
+        Command::Machine(command) => machines::run(&command),
     }
 }
 

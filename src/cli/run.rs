@@ -25,12 +25,15 @@ use vmm_core::{Milestone, StopReason, Vm, VmConfig};
 pub use config::root_disk;
 
 use super::device_flags::DeviceFlags;
-use super::{logging, say};
+use super::machines::StateArgs;
+use super::{detach, logging, say};
 use crate::api::{Control, MAX_BODY, Socket};
 use crate::config_file;
 use crate::exit::{self, ExitStatus};
 use crate::images;
-use crate::session::{self, Cause, Ended, Manner, SignalThread};
+use crate::machines::console::ConsoleServer;
+use crate::machines::{self, Outcome, Registered};
+use crate::session::{self, Cause, Console, Ended, Manner, SignalThread};
 use crate::terminal::{self, Stderr};
 
 /// Boot a guest, attach the terminal, return when the guest stops
@@ -122,6 +125,21 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Command")]
     dry_run: bool,
 
+    /// Give the machine a name, by which vmm ps, logs, attach, stop and others know it
+    #[arg(long, value_name = "NAME", value_parser = machines::check_name, help_heading = "Command")]
+    name: Option<String>,
+
+    /// Let it run in the background; its name is printed once the guest runs
+    #[arg(short, long, help_heading = "Command")]
+    detach: bool,
+
+    /// Remove all that is kept of a named machine when it ends
+    #[arg(long, help_heading = "Command")]
+    rm: bool,
+
+    #[command(flatten)]
+    state: StateArgs,
+
     /// Serve the control API on a unix socket at this path: see docs/api.md
     #[arg(long, value_name = "PATH", help_heading = "Command")]
     api_sock: Option<PathBuf>,
@@ -141,6 +159,10 @@ pub struct RunArgs {
     /// Say nothing but errors
     #[arg(short, long, help_heading = "Command")]
     quiet: bool,
+
+    /// This process is the one in the background
+    #[arg(long, hide = true)]
+    in_background: bool,
 
     /// What the guest's init runs, in place of a shell
     ///
@@ -188,9 +210,10 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     let mut config = config::merge(args, file)?;
     config::spare_own_files(&config, args.config.as_deref())?;
     let own_root = !args.no_rootfs && images::wants_root(&config);
-    let interactive = config.serial == SerialConfig::Stdio;
+    let console_of_its_own = Console::of(&config.serial);
     if !args.dry_run
-        && interactive
+        && !args.detach
+        && matches!(console_of_its_own, Console::Stdio)
         && let Some((columns, lines)) = terminal::size()
     {
         // A serial line does not tell its size. Linux hands this to init as environment, and ours acts on it.
@@ -200,28 +223,82 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     if args.dry_run {
         return dry_run(config);
     }
+    if args.detach && !args.in_background {
+        return detach::start(args.name.clone());
+    }
     images::provide_kernel(&mut config, args.quiet)?;
     let root = own_root.then(|| images::provide_root(&mut config, args.quiet)).transpose()?;
     let signals = SignalThread::start()?;
-    let socket = args.api_sock.as_deref().map(Socket::bind).transpose()?;
+    let named = args.named(&config)?;
+    let socket =
+        args.api_sock.clone().or_else(|| named.as_ref().map(|named| named.registered.machine().api()));
+    let socket = socket.as_deref().map(Socket::bind).transpose()?;
     let builder = Vm::builder(config).console_when_full(WhenFull::Wait).trace_exits(args.trace_exits);
     let vm = Arc::new(builder.build()?);
     // The machine has a descriptor of its own.
     drop(root);
-    let serve = || match &socket {
-        Some(socket) => socket.serve(Arc::new(Control::of(vm.clone())), MAX_BODY),
-        None => Ok(()),
+    let console = named.as_ref().and_then(|named| named.console.clone());
+    let manner = Manner { console: console.unwrap_or(console_of_its_own), quiet: args.quiet };
+    let name = named.as_ref().map_or("vmm", |named| &named.registered.machine().name);
+    let started = || {
+        if let Some(socket) = &socket {
+            socket.serve(Arc::new(Control::of(name, vm.clone())), MAX_BODY)?;
+        }
+        if let Some(named) = named.as_ref().filter(|_| !args.rm) {
+            named.registered.keep();
+        }
+        if args.in_background { detach::ready() } else { Ok(()) }
     };
-    let manner = Manner { interactive, quiet: args.quiet };
-    let ended = session::run(&vm, manner, &signals, serve)?;
-    let stopped = start.elapsed();
-    if args.timings {
-        print_timings(&vm, start, stopped);
+    let ended = session::run(&vm, manner, &signals, started);
+    let status = ended.and_then(|ended| {
+        args.report(&vm, start);
+        status(&ended, (!args.command.is_empty()).then(|| vm.exit_status()))
+    });
+    if let Some(named) = &named {
+        named.finish(&vm, &status);
     }
-    if args.trace_exits {
-        print_exits(&vm);
+    status
+}
+
+/// A machine with a name.
+struct Named {
+    registered: Registered,
+    /// Where its console is, when that is not decided by its configuration alone.
+    console: Option<Console>,
+}
+
+impl Named {
+    /// Writes down how it ended.
+    fn finish(&self, vm: &Vm, status: &anyhow::Result<ExitStatus>) {
+        let (code, reason) = match status {
+            Ok(status) => (status.code(), vm.wait().to_string()),
+            Err(error) => (ExitStatus::Failure.code(), super::sentence(error)),
+        };
+        if let Err(error) = self.registered.finish(&Outcome { status: code, reason }) {
+            say(&format!("cannot write down how the machine ended: {error}"));
+        }
     }
-    status(&ended, (!args.command.is_empty()).then(|| vm.exit_status()))
+}
+
+impl RunArgs {
+    /// Takes the machine's name, if it has one.
+    fn named(&self, config: &VmConfig) -> anyhow::Result<Option<Named>> {
+        let Some(name) = &self.name else { return Ok(None) };
+        let registered = self.state.open()?.register(name)?;
+        let attachable = self.in_background && config.serial == SerialConfig::Stdio;
+        let console = attachable.then(|| ConsoleServer::start(registered.machine())).transpose()?;
+        Ok(Some(Named { registered, console: console.map(|server| Console::Attachable(Arc::new(server))) }))
+    }
+
+    /// Prints what was asked for about a machine that has ended.
+    fn report(&self, vm: &Vm, start: Instant) {
+        if self.timings {
+            print_timings(vm, start, start.elapsed());
+        }
+        if self.trace_exits {
+            print_exits(vm);
+        }
+    }
 }
 
 /// A device may take a file descriptor for each of its guest's connections, and a shell's limit is often 1024.

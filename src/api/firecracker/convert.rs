@@ -311,8 +311,9 @@ mod tests {
         );
         assert_eq!(ids.iter().flatten().collect::<Vec<_>>(), ["rootfs", "data", "eth0"]);
         assert_eq!(config.devices[1].limits()[0].bandwidth.unwrap().to_string(), "1M/1s+5");
-        let line = config.kernel_command_line(&[]).unwrap();
-        assert!(line.starts_with("console=ttyS0 reboot=k panic=1 pci=off root=/dev/vda rw"), "{line}");
+        assert_eq!(config.cmdline.as_deref(), Some("console=ttyS0 reboot=k panic=1 pci=off"));
+        let DeviceConfig::Disk(root) = &config.devices[0] else { panic!("a disk") };
+        assert!(root.root && !root.ro);
     }
 
     #[test]

@@ -167,6 +167,9 @@ fn disk() -> Vec<Vec<u8>> {
     for kind in [1, 11, 13, 14] {
         requests.extend(segments.iter().map(|segment| [block(kind, 0), segment.clone()].concat()));
     }
+    // What is no nonsense, but for a disk that is read-only.
+    requests.push([block(1, 0), vec![0xee; 512]].concat());
+    requests.extend([11, 13, 14].map(|kind| [block(kind, 0), segment(8, 8, 0)].concat()));
     // Shorter than a header.
     requests.extend([vec![], vec![0], vec![0; 15]]);
     requests

@@ -1,0 +1,501 @@
+//! The commands for machines with a name: one `vmm run` each, which these find by its directory and ask by its API.
+
+use std::io::{IsTerminal, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use axum::http::Method;
+use clap::{Args, Subcommand, ValueEnum};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::stdio::stdin;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::print;
+use crate::api::own::Inspection;
+use crate::exit::ExitStatus;
+use crate::machines::{Machine, StateDir, client, find_alive, log};
+use crate::terminal::{KeyCommand, Keys, Terminal};
+
+/// How long a machine that was killed may take to be gone.
+const KILL_GRACE: Duration = Duration::from_secs(5);
+
+/// Where machines are.
+#[derive(Args, Clone, Debug)]
+pub struct StateArgs {
+    /// Directory of named machines [default: $XDG_RUNTIME_DIR/vmm]
+    #[arg(long, value_name = "PATH", help_heading = "Command")]
+    state_dir: Option<PathBuf>,
+}
+
+impl StateArgs {
+    /// The directory.
+    pub fn open(&self) -> anyhow::Result<StateDir> {
+        StateDir::open(self.state_dir.as_deref())
+    }
+}
+
+/// A machine.
+#[derive(Args, Clone, Debug)]
+pub struct One {
+    /// The machine's name, or what is unique of its beginning
+    name: String,
+    #[command(flatten)]
+    state: StateArgs,
+}
+
+impl One {
+    fn find(&self) -> anyhow::Result<Machine> {
+        self.state.open()?.find(&self.name)
+    }
+
+    fn find_alive(&self) -> anyhow::Result<Machine> {
+        find_alive(&self.state.open()?, &self.name)
+    }
+}
+
+/// Machines.
+#[derive(Args, Clone, Debug)]
+pub struct Several {
+    /// The machines' names, or what is unique of their beginnings
+    #[arg(required = true, value_name = "NAME")]
+    names: Vec<String>,
+    #[command(flatten)]
+    state: StateArgs,
+}
+
+impl Several {
+    /// Does `work` with each of them, with the others even if one fails.
+    fn each(&self, work: impl Fn(&StateDir, &Machine) -> anyhow::Result<()>) -> anyhow::Result<ExitStatus> {
+        let state = self.state.open()?;
+        let mut failure = None;
+        for name in &self.names {
+            let done = state.find(name).and_then(|machine| work(&state, &machine));
+            if let Err(error) = done {
+                match failure {
+                    None => failure = Some(error),
+                    Some(_) => super::say(&super::sentence(&error)),
+                }
+            }
+        }
+        failure.map_or(Ok(ExitStatus::Success), Err)
+    }
+}
+
+/// The form of what is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people
+    Table,
+    /// For programs
+    Json,
+}
+
+/// Commands for machines with a name.
+#[derive(Subcommand, Clone, Debug)]
+pub enum MachineCommand {
+    /// List machines with a name
+    Ps {
+        /// The form of the list
+        #[arg(long, value_enum, default_value = "table")]
+        format: Format,
+        #[command(flatten)]
+        state: StateArgs,
+    },
+    /// Print what was on a machine's console
+    Logs {
+        #[command(flatten)]
+        machine: One,
+        /// Go on with what comes, until the machine ends
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Attach the terminal to a machine's console; Ctrl-A d leaves it
+    Attach {
+        #[command(flatten)]
+        machine: One,
+    },
+    /// Press the power button, and kill the machine when it takes too long
+    Stop {
+        #[command(flatten)]
+        machines: Several,
+        /// Seconds that the guest has to shut down
+        #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=86_400))]
+        time: u64,
+    },
+    /// End a machine at once
+    Kill {
+        #[command(flatten)]
+        machines: Several,
+    },
+    /// Bring a machine to a standstill
+    Pause {
+        #[command(flatten)]
+        machines: Several,
+    },
+    /// Let a paused machine go on
+    Resume {
+        #[command(flatten)]
+        machines: Several,
+    },
+    /// Remove what is kept of a machine that has ended
+    Rm {
+        #[command(flatten)]
+        machines: Several,
+        /// Kill it first
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Print all about a machine as JSON
+    Inspect {
+        #[command(flatten)]
+        machine: One,
+    },
+    /// Show what machines take of the host
+    Stats {
+        /// Only these
+        names: Vec<String>,
+        /// Print once and end
+        #[arg(long)]
+        once: bool,
+        #[command(flatten)]
+        state: StateArgs,
+    },
+    /// Wait until a machine has ended, and end with its exit status
+    Wait {
+        #[command(flatten)]
+        machine: One,
+    },
+    /// Change a device of a running machine
+    #[command(
+        after_help = "Examples:\n  vmm update web disk0 bandwidth=10M/1s\n  vmm update web balloon0 size=128M\n  vmm update web disk1 path=new.img"
+    )]
+    Update {
+        #[command(flatten)]
+        machine: One,
+        /// The device, as vmm inspect names it
+        device: String,
+        /// Keys and their new values; without a value a key is taken away
+        #[arg(required = true, value_name = "KEY=[VALUE]")]
+        changes: Vec<String>,
+    },
+}
+
+/// Runs one of the commands.
+pub fn run(command: &MachineCommand) -> anyhow::Result<ExitStatus> {
+    match command {
+        MachineCommand::Ps { format, state } => ps(&state.open()?, *format),
+        MachineCommand::Logs { machine, follow } => logs(&machine.find()?, *follow),
+        MachineCommand::Attach { machine } => attach(&machine.find_alive()?),
+        MachineCommand::Stop { machines, time } => machines.each(|_, machine| stop(machine, *time)),
+        MachineCommand::Kill { machines } => machines.each(|_, machine| kill(machine)),
+        MachineCommand::Pause { machines } => machines.each(|_, machine| set_state(machine, "Paused")),
+        MachineCommand::Resume { machines } => machines.each(|_, machine| set_state(machine, "Resumed")),
+        MachineCommand::Rm { machines, force } => machines.each(|state, machine| {
+            if *force {
+                kill(machine)?;
+            }
+            state.remove(machine)
+        }),
+        MachineCommand::Inspect { machine } => inspect(&machine.find()?),
+        MachineCommand::Stats { names, once, state } => stats(&state.open()?, names, *once),
+        MachineCommand::Wait { machine } => wait(&machine.find()?),
+        MachineCommand::Update { machine, device, changes } => {
+            update(&machine.find_alive()?, device, changes)
+        }
+    }
+}
+
+/// One line of `vmm ps`.
+#[derive(Debug, Serialize)]
+struct Row {
+    name: String,
+    /// As the API has it; `ended` or `killed` when there is none any more, `unknown` when it does not answer.
+    state: String,
+    pid: Option<i32>,
+    cpus: Option<u64>,
+    memory: Option<String>,
+    memory_resident_bytes: Option<u64>,
+    exit_status: Option<u8>,
+    reason: Option<String>,
+}
+
+fn row(machine: &Machine) -> Row {
+    let inspection = machine.is_alive().then(|| ask_inspection(machine));
+    let mut row = Row {
+        name: machine.name.clone(),
+        state: "unknown".into(),
+        pid: None,
+        cpus: None,
+        memory: None,
+        memory_resident_bytes: None,
+        exit_status: None,
+        reason: None,
+    };
+    match inspection {
+        Some(Ok(inspection)) => {
+            let config = inspection.config.unwrap_or_default();
+            row.state = inspection.state;
+            row.cpus = config["cpus"].as_u64();
+            row.memory = config["memory"].as_str().map(str::to_owned);
+            row.memory_resident_bytes = inspection.usage.map(|usage| usage.memory_resident_bytes);
+            row.pid = machine.pid();
+        }
+        Some(Err(_)) => row.pid = machine.pid(),
+        None => {
+            let outcome = machine.outcome();
+            row.state = if outcome.is_some() { "ended" } else { "killed" }.into();
+            (row.exit_status, row.reason) = outcome.map(|outcome| (outcome.status, outcome.reason)).unzip();
+        }
+    }
+    row
+}
+
+fn ps(state: &StateDir, format: Format) -> anyhow::Result<ExitStatus> {
+    let machines = state.list()?;
+    // A machine that does not answer takes its time; the others do not wait for it.
+    let rows: Vec<Row> = thread::scope(|scope| {
+        let threads: Vec<_> = machines.iter().map(|machine| scope.spawn(|| row(machine))).collect();
+        threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
+    });
+    if format == Format::Json {
+        let mut json = serde_json::to_vec_pretty(&rows)?;
+        json.push(b'\n');
+        return print(&json);
+    }
+    let mut table = vec![["NAME", "STATE", "PID", "CPUS", "MEMORY", "RESIDENT"].map(String::from)];
+    for row in rows {
+        let state = match (row.exit_status, row.reason) {
+            (Some(status), Some(reason)) => format!("{} ({status}: {reason})", row.state),
+            _ => row.state,
+        };
+        let shown = |value: Option<String>| value.unwrap_or_else(|| "-".into());
+        table.push([
+            row.name,
+            state,
+            shown(row.pid.map(|pid| pid.to_string())),
+            shown(row.cpus.map(|cpus| cpus.to_string())),
+            shown(row.memory),
+            shown(row.memory_resident_bytes.map(mib)),
+        ]);
+    }
+    print(columns(&table).as_bytes())
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.1}M", bytes as f64 / f64::from(1 << 20))
+}
+
+/// Lines of left-aligned columns.
+fn columns<const N: usize>(table: &[[String; N]]) -> String {
+    let widths: [usize; N] =
+        std::array::from_fn(|i| table.iter().map(|row| row[i].chars().count()).max().unwrap_or(0));
+    let line = |row: &[String; N]| {
+        let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        cells.join("  ").trim_end().to_owned() + "\n"
+    };
+    table.iter().map(line).collect()
+}
+
+fn ask_inspection(machine: &Machine) -> anyhow::Result<Inspection> {
+    Ok(serde_json::from_value(client::ask(machine, Method::GET, "/vmm/v1/inspect", None)?)?)
+}
+
+fn logs(machine: &Machine, follow: bool) -> anyhow::Result<ExitStatus> {
+    let alive = || machine.is_alive();
+    let follow: Option<&dyn Fn() -> bool> = if follow { Some(&alive) } else { None };
+    match log::copy(&machine.log(), &mut std::io::stdout().lock(), follow) {
+        Ok(()) => Ok(ExitStatus::Success),
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitStatus::SIGPIPE),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(anyhow!(
+            "'{}' has no log: its console is on a terminal or in a file of its own",
+            machine.name
+        )),
+        Err(error) => Err(error).context("cannot copy the log"),
+    }
+}
+
+fn attach(machine: &Machine) -> anyhow::Result<ExitStatus> {
+    let stream = UnixStream::connect(machine.console());
+    let stream = stream
+        .map_err(|_| anyhow!("'{}' has its console on a terminal or in a file of its own", machine.name))?;
+    let terminal = Terminal::take();
+    if terminal.is_some() {
+        super::say("Ctrl-A d leaves the machine");
+    }
+    let mut writer = stream.try_clone()?;
+    let is_terminal = terminal.is_some();
+    // It ends with the process.
+    thread::Builder::new().name("input".into()).spawn(move || {
+        let (mut keys, mut buf) = (Keys::attached(), [0; 1024]);
+        while let Ok(n @ 1..) = crate::session::read(stdin(), &mut buf) {
+            let (mut typed, mut guest, mut leave) = (&buf[..n], Vec::new(), false);
+            if !is_terminal {
+                guest.extend_from_slice(typed);
+                typed = &[];
+            }
+            while !typed.is_empty() && !leave {
+                match keys.next_command(&mut typed, &mut guest) {
+                    Some(KeyCommand::Detach) => leave = true,
+                    Some(KeyCommand::Help) => {
+                        super::say("Ctrl-A d leaves the machine, Ctrl-A Ctrl-A sends Ctrl-A")
+                    }
+                    Some(KeyCommand::Stop) | None => {}
+                }
+            }
+            if writer.write_all(&guest).is_err() {
+                return;
+            }
+            if leave {
+                _ = writer.shutdown(std::net::Shutdown::Both);
+                return;
+            }
+        }
+    })?;
+    let mut reader = stream;
+    let mut buf = [0; 16 << 10];
+    while let Ok(n @ 1..) = reader.read(&mut buf) {
+        crate::session::write_all(rustix::stdio::stdout(), &buf[..n])?;
+    }
+    drop(terminal);
+    Ok(ExitStatus::Success)
+}
+
+fn stop(machine: &Machine, seconds: u64) -> anyhow::Result<()> {
+    let Ok(watch) = machine.watch() else { return Ok(()) };
+    if !watch.is_alive() {
+        return Ok(());
+    }
+    let asked = client::ask(machine, Method::PUT, "/vmm/v1/stop", Some(&json!({ "deadline_s": seconds })));
+    if asked.is_ok() && watch.wait(Some(Duration::from_secs(seconds) + KILL_GRACE)) {
+        return Ok(());
+    }
+    kill(machine)
+}
+
+fn kill(machine: &Machine) -> anyhow::Result<()> {
+    let Ok(watch) = machine.watch() else { return Ok(()) };
+    if !watch.is_alive() {
+        return Ok(());
+    }
+    let asked = client::ask(machine, Method::PUT, "/vmm/v1/stop", Some(&json!({"deadline_s": 0})));
+    if asked.is_ok() && watch.wait(Some(KILL_GRACE)) {
+        return Ok(());
+    }
+    // Its lock is held, so the number is that of its process.
+    if let Some(pid) = machine.pid().filter(|_| machine.is_alive()).and_then(Pid::from_raw) {
+        kill_process(pid, Signal::KILL).with_context(|| format!("cannot kill '{}'", machine.name))?;
+    }
+    match watch.wait(Some(KILL_GRACE)) {
+        true => Ok(()),
+        false => bail!("'{}' does not end", machine.name),
+    }
+}
+
+fn set_state(machine: &Machine, state: &str) -> anyhow::Result<()> {
+    client::ask(machine, Method::PATCH, "/vm", Some(&json!({ "state": state }))).map(drop)
+}
+
+fn inspect(machine: &Machine) -> anyhow::Result<ExitStatus> {
+    let value = match machine.is_alive() {
+        true => client::ask(machine, Method::GET, "/vmm/v1/inspect", None)?,
+        false => serde_json::to_value(row(machine))?,
+    };
+    let mut json = serde_json::to_vec_pretty(&value)?;
+    json.push(b'\n');
+    print(&json)
+}
+
+fn wait(machine: &Machine) -> anyhow::Result<ExitStatus> {
+    let watch = machine.watch()?;
+    watch.wait(None);
+    match watch.outcome() {
+        Some(outcome) => Ok(ExitStatus::Command(outcome.status)),
+        None => Err(anyhow!("'{}' was killed before it could say how it ended", machine.name)),
+    }
+}
+
+fn update(machine: &Machine, device: &str, changes: &[String]) -> anyhow::Result<ExitStatus> {
+    let mut patch = Map::new();
+    for change in changes {
+        let (key, value) = change.split_once('=').unwrap_or((change, ""));
+        // As a flag's value: a number or a truth value where it is one.
+        let value = match value {
+            "" => Value::Null,
+            text => text
+                .parse::<u64>()
+                .map(Value::from)
+                .or(text.parse::<bool>().map(Value::from))
+                .unwrap_or(text.into()),
+        };
+        patch.insert(key.into(), value);
+    }
+    client::ask(machine, Method::PATCH, &format!("/vmm/v1/devices/{device}"), Some(&patch.into()))?;
+    Ok(ExitStatus::Success)
+}
+
+/// What `vmm stats` compares between two looks.
+#[derive(Clone, Default)]
+struct Sample {
+    cpu_micros: u64,
+    resident: u64,
+    /// Bytes to and from the guest of disks, then of networks.
+    bytes: [u64; 2],
+}
+
+impl Sample {
+    fn of(inspection: &Inspection) -> Self {
+        let usage = inspection.usage.as_ref();
+        let bytes = |kind: &str| {
+            let devices = inspection.devices.iter().filter(|device| device.kind == kind);
+            let both = ["bytes_to_guest", "bytes_from_guest"];
+            devices.flat_map(|device| both.iter().filter_map(|name| device.counters.get(*name))).sum()
+        };
+        Self {
+            cpu_micros: usage.map_or(0, |usage| usage.vcpu_micros.iter().sum::<u64>() + usage.device_micros),
+            resident: usage.map_or(0, |usage| usage.memory_resident_bytes),
+            bytes: [bytes("disk"), bytes("net")],
+        }
+    }
+}
+
+fn stats(state: &StateDir, names: &[String], once: bool) -> anyhow::Result<ExitStatus> {
+    const INTERVAL: Duration = Duration::from_secs(1);
+    let mut before: Vec<(String, Sample)> = Vec::new();
+    let mut first = true;
+    loop {
+        let machines: Vec<Machine> = match names {
+            [] => state.list()?,
+            names => names.iter().map(|name| state.find(name)).collect::<anyhow::Result<_>>()?,
+        };
+        let alive = machines.iter().filter(|machine| machine.is_alive());
+        let samples: Vec<(String, Sample)> = alive
+            .filter_map(|machine| Some((machine.name.clone(), Sample::of(&ask_inspection(machine).ok()?))))
+            .collect();
+        if !first {
+            let mut table = vec![["NAME", "CPU", "RESIDENT", "DISK/S", "NET/S"].map(String::from)];
+            for (name, now) in &samples {
+                let old = before.iter().find(|(other, _)| other == name).map_or(now, |(_, old)| old);
+                let cpu = now.cpu_micros.saturating_sub(old.cpu_micros) as f64 / INTERVAL.as_micros() as f64;
+                let rate = |i: usize| mib(now.bytes[i].saturating_sub(old.bytes[i]));
+                table.push([
+                    name.clone(),
+                    format!("{:.1}%", cpu * 100.0),
+                    mib(now.resident),
+                    rate(0),
+                    rate(1),
+                ]);
+            }
+            let clear = if !once && std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
+            let printed = print(format!("{clear}{}", columns(&table)).as_bytes())?;
+            if once || printed != ExitStatus::Success {
+                return Ok(printed);
+            }
+        }
+        (before, first) = (samples, false);
+        thread::sleep(INTERVAL);
+    }
+}

@@ -1,0 +1,264 @@
+//! Machines with a name, in the background: every command for them, with real guests, and what is left when something is
+//! killed. On this machine's /dev/kvm: what is tested here are the commands and not the guest.
+
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use harness::local_kvm;
+use harness::micro::Micro;
+use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A state directory and kernels, which go with all machines that still run.
+struct State {
+    dir: TempDir,
+}
+
+impl State {
+    /// Where no guest can run, this panics: a run of all tests leaves those of this file out then, and says so.
+    fn new() -> Result<Self> {
+        assert!(local_kvm().is_some(), "this needs a /dev/kvm on this machine");
+        let dir = tempfile::tempdir()?;
+        // hlt for ever
+        Micro::new().print("up\n").raw(&[0xf4, 0xeb, 0xfd]).write(&dir.path().join("idle"))?;
+        Micro::new().print("up\n").reset().write(&dir.path().join("short"))?;
+        Ok(Self { dir })
+    }
+
+    fn state(&self) -> PathBuf {
+        self.dir.path().join("state")
+    }
+
+    /// `vmm` with these words, in which `IDLE` and `SHORT` stand for machines.
+    fn command(&self, words: &str) -> Command {
+        let words = words.replace("IDLE", "-q --no-rootfs --memory 16M --kernel idle");
+        let words = words.replace("SHORT", "-q --no-rootfs --memory 16M --kernel short");
+        let (subcommand, rest) = words.split_once(' ').unwrap_or((&words, ""));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+        command.arg(subcommand).arg("--state-dir").arg(self.state()).args(rest.split_whitespace());
+        command
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    fn start(&self, words: &str) -> Result<Child> {
+        Ok(self.command(words).spawn()?)
+    }
+
+    fn output(&self, words: &str) -> Result<Output> {
+        Ok(self.command(words).output()?)
+    }
+
+    /// What a command prints that has to succeed.
+    fn ok(&self, words: &str) -> Result<String> {
+        let output = self.output(words)?;
+        ensure!(output.status.success(), "vmm {words}: {output:?}");
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// What a command says that has to fail with this status.
+    fn refused(&self, words: &str, status: i32) -> Result<String> {
+        let output = self.output(words)?;
+        let said = String::from_utf8(output.stderr)?;
+        ensure!(output.status.code() == Some(status), "vmm {words}: {:?}, {said}", output.status);
+        ensure!(said.lines().count() == 1, "vmm {words}: {said}");
+        Ok(said)
+    }
+
+    /// The lines of `vmm ps`.
+    fn ps(&self) -> Result<Vec<Value>> {
+        Ok(serde_json::from_str(&self.ok("ps --format json")?)?)
+    }
+
+    fn pid(&self, name: &str) -> Result<Pid> {
+        let all = self.ps()?;
+        let row = all.iter().find(|row| row["name"] == name).context("it is listed")?;
+        let pid = row["pid"].as_i64().and_then(|pid| Pid::from_raw(pid as i32));
+        pid.with_context(|| format!("it lives: {row}"))
+    }
+
+    /// Waits until the log has `text`.
+    fn expect_log(&self, name: &str, text: &str) -> Result<()> {
+        while !self.ok(&format!("logs {name}"))?.contains(text) {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for State {
+    fn drop(&mut self) {
+        for row in self.ps().unwrap_or_default() {
+            _ = self.output(&format!("rm --force {}", row["name"].as_str().unwrap_or_default()));
+        }
+    }
+}
+
+#[test]
+fn a_guest_in_the_background_has_a_whole_life() -> Result<()> {
+    let state = State::new()?;
+    assert_eq!(state.ok("run -q --name web --detach")?, "web\n");
+    state.expect_log("web", "leaving this shell")?;
+    let follower = state.start("logs -f we")?;
+
+    let mut attached = state.command("attach w").stdin(Stdio::piped()).spawn()?;
+    let mut keys = attached.stdin.take().context("a pipe")?;
+    keys.write_all(b"echo $((6 * 7)) > /tmp/answer; cat /tmp/answer\n")?;
+    state.expect_log("web", "\n42\r\n")?;
+    attached.kill()?;
+    let mut seen = String::new();
+    attached.stdout.take().context("a pipe")?.read_to_string(&mut seen)?;
+    assert!(seen.contains("42"), "{seen}");
+    attached.wait()?;
+
+    state.ok("pause web")?;
+    assert_eq!(state.ps()?[0]["state"], "paused");
+    state.ok("resume web")?;
+    state.ok("update web balloon0 size=32M")?;
+    let inspection: Value = serde_json::from_str(&state.ok("inspect web")?)?;
+    let balloon = inspection["config"]["devices"]
+        .as_array()
+        .and_then(|all| all.iter().find(|one| one["kind"] == "balloon"));
+    assert_eq!(balloon.map(|one| &one["size"]), Some(&"32M".into()));
+    assert!(inspection["milestones"]["user_space_reached"].is_u64());
+    let said = state.refused("update web disk9 size=1M", 1)?;
+    assert!(said.contains("no device 'disk9'"), "{said}");
+    let table = state.ok("stats --once web")?;
+    assert!(table.starts_with("NAME") && table.contains("\nweb "), "{table}");
+    assert!(state.refused("rm web", 1)?.contains("vmm stop web"));
+
+    let waiter = state.start("wait web")?;
+    state.ok("stop --time 30 web")?;
+    assert_eq!(waiter.wait_with_output()?.status.code(), Some(0));
+    let followed = String::from_utf8(follower.wait_with_output()?.stdout)?;
+    assert!(followed.contains("leaving this shell") && followed.contains("42"), "{followed}");
+    let row = &state.ps()?[0];
+    assert_eq!((&row["state"], &row["reason"]), (&"ended".into(), &"the guest powered off".into()), "{row}");
+    state.ok("logs web")?;
+    state.ok("stop web")?;
+    state.ok("rm web")?;
+    assert!(state.ps()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn exit_statuses_pass_on_and_nothing_stays_that_shall_not() -> Result<()> {
+    let state = State::new()?;
+    let mut command = state.command("run -q --detach --rm --name job");
+    let started = command.args(["--", "sh", "-c", "sleep 1; exit 7"]).output()?;
+    ensure!(started.status.success(), "{started:?}");
+    assert_eq!(state.output("wait job")?.status.code(), Some(7));
+    assert!(state.refused("run --detach --name nowhere --no-rootfs --kernel none", 1)?.contains("'none'"));
+    assert!(state.refused("run --detach --name a/b IDLE", 2)?.contains("letters, digits"));
+    assert!(state.refused("attach nobody", 1)?.contains("vmm ps"));
+    // In the foreground, too.
+    assert!(state.ok("run --name here SHORT")?.contains("up"));
+    assert!(state.refused("logs here", 1)?.contains("no log"));
+    assert_eq!(state.output("wait here")?.status.code(), Some(0));
+    state.ok("rm here")?;
+    let left: Vec<_> = std::fs::read_dir(state.state())?
+        .map(|entry| entry.map(|entry| entry.file_name()))
+        .collect::<Result<_, _>>()?;
+    assert_eq!(left, [".lock"]);
+    Ok(())
+}
+
+#[test]
+fn a_name_is_one_machines_however_many_want_it() -> Result<()> {
+    let state = State::new()?;
+    let attempts: Vec<Child> =
+        (0..8).map(|_| state.start("run --detach --name one IDLE")).collect::<Result<_>>()?;
+    let outputs: Vec<Output> =
+        attempts.into_iter().map(|child| Ok(child.wait_with_output()?)).collect::<Result<_>>()?;
+    let (won, lost): (Vec<&Output>, Vec<&Output>) =
+        outputs.iter().partition(|output| output.status.success());
+    assert_eq!(won.len(), 1, "{outputs:?}");
+    for output in lost {
+        assert!(String::from_utf8_lossy(&output.stderr).contains("runs already"), "{output:?}");
+    }
+    assert_eq!(state.ps()?.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn what_is_killed_is_known_to_be_dead_and_can_be_removed() -> Result<()> {
+    let state = State::new()?;
+    for name in ["a", "b", "c"] {
+        state.ok(&format!("run --detach --name {name} IDLE"))?;
+    }
+    let pid = state.pid("b")?;
+    kill_process(pid, Signal::KILL)?;
+    assert!(state.refused("wait b", 1)?.contains("was killed"));
+    let states: Vec<_> = state.ps()?.iter().map(|row| row["state"].clone()).collect();
+    assert_eq!(states, ["running", "killed", "running"]);
+    assert!(state.refused("pause b", 1)?.contains("cannot ask 'b'"));
+    state.ok("kill b c")?;
+    assert_eq!(state.output("wait c")?.status.code(), Some(0));
+    state.ok("rm b c")?;
+    state.ok("run --detach --name b IDLE")?;
+
+    // One that does not answer is killed all the same.
+    let pid = state.pid("a")?;
+    kill_process(pid, Signal::STOP)?;
+    let killer = state.start("kill a")?;
+    let killed = killer.wait_with_output()?;
+    ensure!(killed.status.success(), "{killed:?}");
+    assert!(test_kill_process(pid).is_err() || !state.ps()?[0]["state"].eq("running"));
+    Ok(())
+}
+
+#[test]
+fn many_machines_come_and_go_and_leave_nothing() -> Result<()> {
+    let state = State::new()?;
+    let names: Vec<String> = (0..20).map(|i| format!("vm{i:02}")).collect();
+    let starts: Vec<Child> = names
+        .iter()
+        .map(|name| state.start(&format!("run --detach --name {name} IDLE")))
+        .collect::<Result<_>>()?;
+    for child in starts {
+        let output = child.wait_with_output()?;
+        ensure!(output.status.success(), "{output:?}");
+    }
+    let all = state.ps()?;
+    assert_eq!(all.iter().filter(|row| row["state"] == "running").count(), names.len(), "{all:?}");
+    let pids: Vec<Pid> = names.iter().map(|name| state.pid(name)).collect::<Result<_>>()?;
+    // It does not listen to the power button.
+    state.ok(&format!("stop --time 0 {}", names.join(" ")))?;
+    state.ok(&format!("rm {}", names.join(" ")))?;
+    assert!(state.ps()?.is_empty());
+    for pid in pids {
+        let gone = || {
+            test_kill_process(pid).is_err()
+                || std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()))
+                    .is_ok_and(|stat| stat.contains(") Z "))
+        };
+        assert!(gone(), "{pid:?} lives");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_terminal_that_closes_does_not_end_what_runs_in_the_background() -> Result<()> {
+    let state = State::new()?;
+    let mut shell = Command::new("setsid");
+    let vmm = env!("CARGO_BIN_EXE_vmm");
+    let line = format!(
+        "{vmm} run --state-dir {} --detach --name bg -q --no-rootfs --memory 16M --kernel idle; kill -HUP -$$",
+        state.state().display()
+    );
+    let status = shell
+        .args(["--wait", "sh", "-c", &line])
+        .current_dir(state.dir.path())
+        .stdout(Stdio::null())
+        .status()?;
+    assert_eq!(status.signal(), Some(1), "{status:?}");
+    assert_eq!(state.ps()?[0]["state"], "running");
+    Ok(())
+}

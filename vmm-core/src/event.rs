@@ -3,7 +3,7 @@
 //! Writers are the machine's own threads, and none of them ever waits for a reader: the journal keeps the newest
 //! [`KEPT`] events, and a reader that is slower than that is told how many it has missed.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
@@ -77,8 +77,10 @@ struct Log {
     kept: VecDeque<(Duration, What)>,
     /// There will be no more.
     closed: bool,
-    /// Tasks that wait for the next event.
-    wakers: Vec<Waker>,
+    /// How many readers there have been.
+    readers: u64,
+    /// Tasks that wait for the next event, by the number of their reader.
+    wakers: BTreeMap<u64, Waker>,
 }
 
 impl Log {
@@ -146,7 +148,7 @@ impl Journal {
         let wakers = std::mem::take(&mut log.wakers);
         drop(log);
         self.changed.notify_all();
-        wakers.into_iter().for_each(Waker::wake);
+        wakers.into_values().for_each(Waker::wake);
     }
 }
 
@@ -166,12 +168,18 @@ impl Journal {
 #[derive(Debug)]
 pub struct Events {
     journal: Arc<Journal>,
+    reader: u64,
     next: u64,
 }
 
 impl Events {
     pub(crate) fn of(journal: Arc<Journal>) -> Self {
-        Self { journal, next: 0 }
+        let reader = {
+            let mut log = journal.lock();
+            log.readers += 1;
+            log.readers
+        };
+        Self { journal, reader, next: 0 }
     }
 
     /// The next event, if there is one already.
@@ -186,10 +194,20 @@ impl Events {
     pub fn poll_next(&mut self, context: &Context<'_>) -> Poll<Option<Event>> {
         let mut log = self.journal.lock();
         let polled = log.after(&mut self.next);
-        if polled.is_pending() && !log.wakers.iter().any(|waker| waker.will_wake(context.waker())) {
-            log.wakers.push(context.waker().clone());
+        if polled.is_pending() {
+            let old = log.wakers.insert(self.reader, context.waker().clone());
+            // Not before: with a waker goes the task of another program's executor, and maybe a reader in it.
+            drop(log);
+            drop(old);
         }
         polled
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        // A machine may be quiet for weeks, while readers come and go.
+        let _waker = self.journal.lock().wakers.remove(&self.reader);
     }
 }
 
@@ -267,5 +285,25 @@ mod tests {
         assert_eq!(count.0.load(std::sync::atomic::Ordering::Relaxed), 1);
         assert!(matches!(events.poll_next(&context), Poll::Ready(Some(_))));
         assert_eq!(events.poll_next(&context), Poll::Ready(None));
+    }
+
+    #[test]
+    fn nothing_is_left_of_readers_that_have_gone() {
+        let journal = Arc::new(Journal::new());
+        let wakers: Vec<Arc<Ignore>> = (0..3).map(|_| Arc::default()).collect();
+        let mut events = Events::of(journal.clone());
+        for waker in &wakers {
+            // Each time by another task.
+            assert!(events.poll_next(&Context::from_waker(&waker.clone().into())).is_pending());
+        }
+        assert_eq!(wakers.iter().map(Arc::strong_count).collect::<Vec<_>>(), [1, 1, 2]);
+        drop(events);
+        assert_eq!(Arc::strong_count(&wakers[2]), 1);
+
+        #[derive(Default)]
+        struct Ignore;
+        impl std::task::Wake for Ignore {
+            fn wake(self: Arc<Self>) {}
+        }
     }
 }

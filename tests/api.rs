@@ -262,6 +262,22 @@ fn what_is_wrong_is_refused_with_a_sentence_and_changes_nothing() -> Result<()> 
 }
 
 #[test]
+fn files_that_make_their_readers_wait_are_refused() -> Result<()> {
+    let setup = Setup::new()?;
+    let (_program, api) = setup.api()?;
+    ensure!(Command::new("mkfifo").arg(setup.path("fifo")).status()?.success(), "mkfifo");
+    for (path, body) in [
+        ("/boot-source", json!({"kernel_image_path": "fifo"})),
+        ("/boot-source", json!({"kernel_image_path": "kernel", "initrd_path": "/dev/null"})),
+        ("/drives/s", json!({"drive_id": "s", "path_on_host": "fifo", "is_root_device": false})),
+    ] {
+        let fault = api.send("PUT", path, &body.to_string())?.fault()?;
+        assert!(fault.contains("is neither a file nor a block device"), "{fault}");
+    }
+    Ok(())
+}
+
+#[test]
 fn the_socket_is_its_owners_alone_and_goes_with_the_program() -> Result<()> {
     let setup = Setup::new()?;
     let socket = setup.path("api.sock");

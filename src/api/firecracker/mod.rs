@@ -4,8 +4,10 @@ pub mod convert;
 pub mod types;
 
 use std::fs::File;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
+use rustix::fs::OFlags;
 use serde_json::Value;
 use utoipa::openapi::HttpMethod::{Get, Patch, Put};
 use vmm_core::VmConfig;
@@ -139,10 +141,12 @@ fn put_boot_source(control: &Control, request: Request<Json<BootSource>>) -> Don
 }
 
 fn readable(what: &str, path: &Path) -> Done {
-    let opened = File::open(path).and_then(|file| file.metadata());
-    match opened.map(|meta| meta.is_dir()) {
-        Ok(false) => Ok(()),
-        Ok(true) => Err(format!("{what} '{}' is a directory.", path.display()).into()),
+    // Without waiting for the other end of what turns out to be a FIFO.
+    let file = File::options().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path);
+    match file.and_then(|file| file.metadata()).map(|meta| meta.file_type()) {
+        Ok(kind) if kind.is_file() || kind.is_block_device() => Ok(()),
+        Ok(kind) if kind.is_dir() => Err(format!("{what} '{}' is a directory.", path.display()).into()),
+        Ok(_) => Err(format!("{what} '{}' is neither a file nor a block device.", path.display()).into()),
         Err(error) => Err(format!("{what} '{}' cannot be opened: {error}.", path.display()).into()),
     }
 }

@@ -310,7 +310,7 @@ fn the_socket_is_its_owners_alone_and_goes_with_the_program() -> Result<()> {
 #[test]
 fn clients_that_are_slow_rude_or_many_harm_nobody() -> Result<()> {
     let setup = Setup::new()?;
-    let (_program, api) = setup.api()?;
+    let (program, api) = setup.api()?;
     setup.configure(&api)?;
     api.put("/actions", json!({"action_type": "InstanceStart"}))?;
     let mut clients = Vec::new();
@@ -343,6 +343,13 @@ fn clients_that_are_slow_rude_or_many_harm_nobody() -> Result<()> {
     }
     api.patch("/vm", json!({"state": "Paused"}))?;
     api.patch("/vm", json!({"state": "Resumed"}))?;
+    // Deadlines that are far away take nothing of the host.
+    let tasks =
+        || fs::read_dir(format!("/proc/{}/task", program.pid().as_raw_nonzero())).map(Iterator::count);
+    let before = tasks()?;
+    (0..100).try_for_each(|_| api.put("/vmm/v1/stop", json!({"deadline_s": 86_400})))?;
+    // A pool for calls grows to 16.
+    assert!(tasks()? <= before + 16, "{before} threads have become {}", tasks()?);
     // A request after the other on one connection, as clients do it.
     let mut connection = api.connect()?;
     for _ in 0..100 {

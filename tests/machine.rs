@@ -376,4 +376,9 @@ fn a_guest_that_does_not_listen_to_the_power_button_is_killed_at_the_deadline() 
     vm.start().unwrap();
     assert_eq!(vm.stop(Duration::from_millis(20)), StopReason::Requested);
     assert_eq!(vm.stop(DEADLINE), StopReason::Requested);
+    // The first of several deadlines counts, and one that no clock can say is none.
+    let (vm, _, _dir) = machine(vec![], |_| ());
+    vm.start().unwrap();
+    [Duration::MAX, Duration::from_millis(20), DEADLINE].into_iter().for_each(|it| vm.request_stop(it));
+    assert_eq!(vm.wait(), StopReason::Requested);
 }

@@ -157,10 +157,8 @@ fn stop(control: &Control, request: Request<Json<Stop>>) -> Result<(), Refusal> 
     if seconds > MAX_DEADLINE {
         return Err(Refusal(format!("deadline_s is {MAX_DEADLINE} at most.")));
     }
-    let vm = control.vm()?;
     // The answer must not wait: with the machine, this program ends.
-    let thread = std::thread::Builder::new().name("stop".into());
-    thread.spawn(move || vm.stop(Duration::from_secs(seconds)))?;
+    control.vm()?.request_stop(Duration::from_secs(seconds));
     Ok(())
 }
 
@@ -179,7 +177,9 @@ async fn prometheus(control: Arc<Control>) -> Response {
 }
 
 async fn events(control: Arc<Control>) -> Result<Response, Refusal> {
-    let lines = Lines(control.vm()?.events());
+    // It waits while a machine is being built, and other clients are served on this thread.
+    let vm = tokio::task::spawn_blocking(move || control.vm()).await??;
+    let lines = Lines(vm.events());
     Ok(([(CONTENT_TYPE, "application/x-ndjson")], Body::new(lines)).into_response())
 }
 

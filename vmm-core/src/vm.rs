@@ -75,6 +75,7 @@ pub(crate) enum Command {
     Pause,
     Resume,
     Kill,
+    Stop { grace: Duration },
     PowerButton,
     Update { name: String, patch: Patch },
 }
@@ -190,6 +191,7 @@ impl Vm {
                     inbox,
                     panicked: None,
                     last_words: None,
+                    kill_at: None,
                 };
                 let serve = std::panic::AssertUnwindSafe(|| control.serve(&messages));
                 if std::panic::catch_unwind(serve).is_err() {
@@ -231,15 +233,13 @@ impl Vm {
     /// switched itself off, and kills it at the deadline. A guest that is paused or was not started has nothing to
     /// lose and is killed at once.
     pub fn stop(&self, deadline: Duration) -> StopReason {
-        let gone = self.state() == VmState::Running && {
-            // It fails only when the machine has ended.
-            _ = self.press_power_button();
-            self.wait_timeout(deadline).is_some()
-        };
-        if !gone {
-            self.kill();
-        }
+        self.request_stop(deadline);
         self.wait()
+    }
+
+    /// As [`Self::stop`], but does not wait for it. Of several deadlines, the first counts.
+    pub fn request_stop(&self, deadline: Duration) {
+        self.request(Command::Stop { grace: deadline });
     }
 
     /// Ends the machine at once, without asking the guest. No error if it has ended already.
@@ -250,9 +250,13 @@ impl Vm {
 
     /// As [`Self::kill`], but does not wait for it: for threads that must stay free.
     pub fn request_kill(&self) {
+        self.request(Command::Kill);
+    }
+
+    fn request(&self, command: Command) {
         let (reply, _) = mpsc::channel();
         // It fails only when the machine has ended.
-        _ = self.control.send(Message::Command(Command::Kill, reply));
+        _ = self.control.send(Message::Command(command, reply));
     }
 
     /// Presses the power button: a guest with ACPI and something that listens (systemd, our init) shuts down.
@@ -367,16 +371,21 @@ struct Control {
     panicked: Option<Instant>,
     /// When a kernel's last words were seen on the console.
     last_words: Option<Instant>,
+    /// When the guest is to be gone that was asked to switch itself off.
+    kill_at: Option<Instant>,
 }
 
 impl Control {
     /// Works until the machine has stopped; dropping the receiver tells later callers.
     fn serve(mut self, messages: &Receiver<Message>) {
         while self.machine.is_some() {
-            let paused = *self.shared.lock() == VmState::Paused;
-            let message = match self.panicked.filter(|_| !paused) {
+            let end = self.end_by_itself();
+            let left = end.as_ref().map(|(at, _)| at.checked_duration_since(Instant::now()));
+            let message = match left {
                 None => messages.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(at) => messages.recv_timeout(PANIC_GRACE.saturating_sub(at.elapsed())),
+                Some(Some(left)) => messages.recv_timeout(left),
+                // However much there still is to read.
+                Some(None) => Err(RecvTimeoutError::Timeout),
             };
             match message {
                 Ok(Message::Command(command, reply)) => {
@@ -392,10 +401,20 @@ impl Control {
                 Ok(Message::ThreadPanicked(name)) => {
                     self.stop(StopReason::Failed(format!("a bug: the thread {name} panicked")));
                 }
-                Err(RecvTimeoutError::Timeout) => self.stop(StopReason::GuestPanic),
+                Err(RecvTimeoutError::Timeout) => {
+                    self.stop(end.map_or(StopReason::Requested, |(_, reason)| reason));
+                }
                 Err(RecvTimeoutError::Disconnected) => self.stop(StopReason::Requested),
             }
         }
+    }
+
+    /// When, and why, the machine ends if nothing else ends it before.
+    fn end_by_itself(&self) -> Option<(Instant, StopReason)> {
+        let paused = *self.shared.lock() == VmState::Paused;
+        let panic = self.panicked.filter(|_| !paused).map(|at| (at + PANIC_GRACE, StopReason::GuestPanic));
+        let killed = self.kill_at.map(|at| (at, StopReason::Requested));
+        panic.into_iter().chain(killed).min_by_key(|&(at, _)| at)
     }
 
     fn command(&mut self, command: Command) -> Result<(), VmError> {
@@ -420,6 +439,17 @@ impl Control {
                 self.shared.transition(VmState::Running)?;
             }
             Command::Kill => self.stop(StopReason::Requested),
+            Command::Stop { grace } => {
+                let running = *self.shared.lock() == VmState::Running;
+                if !running || grace.is_zero() {
+                    self.stop(StopReason::Requested);
+                } else {
+                    machine.power_button.trigger();
+                    // Beyond what a clock can say there is no deadline.
+                    let at = Instant::now().checked_add(grace);
+                    self.kill_at = self.kill_at.into_iter().chain(at).min();
+                }
+            }
             Command::PowerButton => machine.power_button.trigger(),
             Command::Update { name, patch } => {
                 let mut config = self.shared.config();

@@ -3,7 +3,10 @@
 //! A call is a plain function that may wait. It runs on a thread of its own, so that neither a slow one nor a slow
 //! client keeps others waiting, and no thread of the machine ever waits for a client.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
@@ -18,8 +21,8 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::net::UnixListener;
-use tokio::sync::Semaphore;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, watch};
 use utoipa::ToSchema;
 use utoipa::openapi::path::{OperationBuilder, ParameterBuilder, ParameterIn};
 use utoipa::openapi::request_body::RequestBodyBuilder;
@@ -34,6 +37,8 @@ use super::firecracker::types::Fault;
 const MAX_CONNECTIONS: usize = 512;
 /// How long a client may take for the head of a request (and stay silent between two), and for its body.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long clients may take, at the end of the program, for the rest of their answers.
+pub const LAST_WORDS: Duration = Duration::from_millis(250);
 /// Largest body of a request in bytes, as Firecracker has it, unless `--http-api-max-payload-size` says otherwise.
 pub const MAX_BODY: usize = 51_200;
 
@@ -291,8 +296,25 @@ async fn read_body(body: Body, max: usize) -> Result<Bytes, Refusal> {
     }
 }
 
-/// Serves `router` for ever. Clients that come while too many are served wait for their turn.
-pub async fn serve(listener: UnixListener, router: Router) {
+/// Serves `router` until `end`; then each client still gets the rest of the answer that is on its way to it, but nobody
+/// is waited for longer than [`LAST_WORDS`].
+pub async fn serve(listener: UnixListener, router: Router, end: impl Future) {
+    let ending = watch::Sender::new(());
+    {
+        let (mut accepting, mut end) = (pin!(accept(listener, router, &ending)), pin!(end));
+        let either = |context: &mut Context<'_>| match end.as_mut().poll(context) {
+            Poll::Ready(_) => Poll::Ready(()),
+            Poll::Pending => accepting.as_mut().poll(context),
+        };
+        poll_fn(either).await;
+    }
+    ending.send_replace(());
+    // Each connection has a receiver. Who has not read it all by then is left behind.
+    _ = tokio::time::timeout(LAST_WORDS, ending.closed()).await;
+}
+
+/// Takes connections for ever. Clients that come while too many are served wait for their turn.
+async fn accept(listener: UnixListener, router: Router, ending: &watch::Sender<()>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // The semaphore is never closed.
@@ -306,16 +328,35 @@ pub async fn serve(listener: UnixListener, router: Router) {
                 continue;
             }
         };
-        let service = TowerToHyperService::new(router.clone());
+        let (router, ending) = (router.clone(), ending.subscribe());
         tokio::spawn(async move {
-            let mut http = http1::Builder::new();
-            http.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_buf_size(64 << 10);
             // A client that breaks off, or speaks no HTTP, is its own matter.
-            let served = http.serve_connection(TokioIo::new(stream), service).with_upgrades().await;
-            if let Err(error) = served {
+            if let Err(error) = converse(stream, router, ending).await {
                 tracing::debug!(%error, "a connection of the API ended");
             }
             drop(place);
         });
     }
+}
+
+/// Answers the requests of one client: all that come, and once `ending` has changed, the one that is being answered.
+async fn converse(
+    stream: UnixStream,
+    router: Router,
+    mut ending: watch::Receiver<()>,
+) -> Result<(), hyper::Error> {
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_buf_size(64 << 10);
+    let service = TowerToHyperService::new(router);
+    let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service).with_upgrades());
+    let mut end = pin!(ending.changed());
+    let mut told = false;
+    let step = |context: &mut Context<'_>| {
+        if !told && end.as_mut().poll(context).is_ready() {
+            told = true;
+            connection.as_mut().graceful_shutdown();
+        }
+        connection.as_mut().poll(context)
+    };
+    poll_fn(step).await
 }

@@ -9,14 +9,16 @@ pub mod own;
 
 use std::os::fd::AsFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
+use tokio::sync::oneshot;
 use vmm_core::devices::virtio::unix_listener::UnixListener;
 
 pub use control::{Control, Order, SetLogger};
+use http::LAST_WORDS;
 pub use http::MAX_BODY;
 pub use metrics::open_sink;
 
@@ -26,25 +28,46 @@ const FLUSH_INTERVAL: Duration = Duration::from_secs(60);
 /// The socket of the API; its file goes away with it.
 pub struct Socket(UnixListener);
 
+/// An API that is served. When this is dropped, clients get the rest of their answers before the program can end: the
+/// last event, and the answer to who has stopped the machine.
+#[must_use]
+pub struct Server {
+    end: Option<oneshot::Sender<()>>,
+    ended: mpsc::Receiver<()>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        // A call may keep the thread, but not the program.
+        _ = self.ended.recv_timeout(LAST_WORDS * 2);
+    }
+}
+
 impl Socket {
     /// Listens at `path`, for its owner only.
     pub fn bind(path: &Path) -> anyhow::Result<Self> {
         Ok(Self(UnixListener::bind("API socket", path, 0)?))
     }
 
-    /// Serves the API on threads of its own, until the process ends. Requests have bodies of at most `max_body` bytes.
-    pub fn serve(&self, control: Arc<Control>, max_body: usize) -> anyhow::Result<()> {
+    /// Serves the API on threads of its own. Requests have bodies of at most `max_body` bytes.
+    pub fn serve(&self, control: Arc<Control>, max_body: usize) -> anyhow::Result<Server> {
         let socket = std::os::unix::net::UnixListener::from(self.0.as_fd().try_clone_to_owned()?);
         let router = calls(control.clone(), max_body).router();
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build()?;
+        let (end, wanted) = oneshot::channel();
+        let (over, ended) = mpsc::channel();
         let work = move || {
             runtime.block_on(async {
                 match tokio::net::UnixListener::from_std(socket) {
-                    Ok(listener) => http::serve(listener, router).await,
+                    Ok(listener) => http::serve(listener, router, wanted).await,
                     Err(error) => tracing::error!(%error, "the API cannot listen"),
                 }
             });
+            drop(over);
+            // Not waiting for calls that still wait for something.
+            runtime.shutdown_background();
         };
         thread::Builder::new().name("api".into()).spawn(work).context("cannot start the thread 'api'")?;
         let flush = move || {
@@ -59,7 +82,7 @@ impl Socket {
             .name("metrics".into())
             .spawn(flush)
             .context("cannot start the thread 'metrics'")?;
-        Ok(())
+        Ok(Server { end: Some(end), ended })
     }
 }
 

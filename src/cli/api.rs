@@ -211,10 +211,9 @@ impl Service {
             control.metrics().open(&metrics.metrics_path).map_err(|sentence| anyhow!(sentence))?;
         }
         let socket = self.socket.as_deref().map(Socket::bind).transpose()?;
-        if let (Some(socket), Some(path)) = (&socket, &self.socket) {
-            signals.remove_at_death(path);
-            socket.serve(control.clone(), self.max_body)?;
-        }
+        _ = self.socket.as_deref().map(|path| signals.remove_at_death(path));
+        let serve = |socket: &Socket| socket.serve(control.clone(), self.max_body);
+        let _server = socket.as_ref().map(serve).transpose()?;
         tracing::info!(id = self.id, "vmm {} is ready", env!("CARGO_PKG_VERSION"));
         if let Some(configuration) = self.start {
             let control = control.clone();

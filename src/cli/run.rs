@@ -240,10 +240,10 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     let console = named.as_ref().and_then(|named| named.console.clone());
     let manner = Manner { console: console.unwrap_or(console_of_its_own), quiet: args.quiet };
     let name = named.as_ref().map_or("vmm", |named| &named.registered.machine().name);
+    let mut server = None;
     let started = || {
-        if let Some(socket) = &socket {
-            socket.serve(Arc::new(Control::of(name, vm.clone())), MAX_BODY)?;
-        }
+        let serve = |socket: &Socket| socket.serve(Arc::new(Control::of(name, vm.clone())), MAX_BODY);
+        server = socket.as_ref().map(serve).transpose()?;
         if let Some(named) = named.as_ref().filter(|_| !args.rm) {
             named.registered.keep();
         }

@@ -2,6 +2,8 @@
 //! killed. On this machine's /dev/kvm: what is tested here are the commands and not the guest.
 
 use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -145,6 +147,23 @@ fn a_guest_in_the_background_has_a_whole_life() -> Result<()> {
     state.ok("stop web")?;
     state.ok("rm web")?;
     assert!(state.ps()?.is_empty());
+    Ok(())
+}
+
+#[test]
+fn who_leaves_the_console_of_a_quiet_guest_makes_room() -> Result<()> {
+    let state = State::new()?;
+    state.ok("run --detach --name quiet IDLE")?;
+    state.expect_log("quiet", "up")?;
+    let socket = state.state().join("quiet/console.sock");
+    // More than can be attached at a time, one after the other.
+    for number in 0..40 {
+        let mut console = UnixStream::connect(&socket)?;
+        console.shutdown(Shutdown::Write)?;
+        let mut said = String::new();
+        console.read_to_string(&mut said)?;
+        ensure!(said.is_empty(), "{number}: {said}");
+    }
     Ok(())
 }
 

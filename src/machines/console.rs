@@ -24,7 +24,7 @@ const CHUNK: usize = 16 << 10;
 pub struct ConsoleServer {
     socket: UnixListener,
     log: Mutex<Log>,
-    clients: Mutex<Vec<UnixStream>>,
+    clients: Mutex<Vec<Arc<UnixStream>>>,
 }
 
 impl ConsoleServer {
@@ -52,23 +52,23 @@ impl ConsoleServer {
         Ok(())
     }
 
-    fn clients(&self) -> std::sync::MutexGuard<'_, Vec<UnixStream>> {
+    fn clients(&self) -> std::sync::MutexGuard<'_, Vec<Arc<UnixStream>>> {
         self.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, client: OwnedFd, input: &ConsoleInput) {
-        let client = UnixStream::from(client);
-        let Ok(mut reader) = client.try_clone() else { return };
+    fn add(self: &Arc<Self>, client: OwnedFd, input: &ConsoleInput) {
+        let client = Arc::new(UnixStream::from(client));
         {
             let mut clients = self.clients();
             if clients.len() >= MAX_CLIENTS {
-                _ = (&client).write_all(b"vmm: too many are attached already\r\n");
+                _ = (&*client).write_all(b"vmm: too many are attached already\r\n");
                 return;
             }
-            clients.push(client);
+            clients.push(client.clone());
         }
-        let input = input.clone();
+        let (server, input) = (self.clone(), input.clone());
         let work = move || {
+            let mut reader = &*client;
             let mut buf = [0; 1024];
             loop {
                 match reader.read(&mut buf) {
@@ -76,13 +76,14 @@ impl ConsoleServer {
                     // A guest that does not read loses what is typed, as at any terminal.
                     Ok(n) => _ = input.offer(&buf[..n]),
                     Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                        _ = poll(&mut [PollFd::new(&reader, PollFlags::IN)], None);
+                        _ = poll(&mut [PollFd::new(reader, PollFlags::IN)], None);
                     }
                     Err(_) => break,
                 }
             }
-            // So that it is found to be gone.
             _ = reader.shutdown(Shutdown::Both);
+            // Now, and not with the next output: a guest may be quiet for weeks.
+            server.clients().retain(|other| !Arc::ptr_eq(other, &client));
         };
         // Without a thread, its input is not read.
         _ = thread::Builder::new().name("attached".into()).spawn(work);
@@ -96,7 +97,7 @@ impl ConsoleServer {
             let data = &buf[..n];
             self.log.lock().unwrap_or_else(PoisonError::into_inner).append(data);
             // Who does not read in time is cut off: a guest does not wait for somebody who left his terminal.
-            self.clients().retain_mut(|client| client.write_all(data).is_ok());
+            self.clients().retain(|client| (&**client).write_all(data).is_ok());
         }
         for client in self.clients().drain(..) {
             _ = client.shutdown(Shutdown::Both);

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 
+mod api;
 mod balloon;
 mod block;
 mod boot;
@@ -38,6 +39,8 @@ enum What {
     Boot(Options),
     /// Resident memory besides guest RAM, and size of the binary
     Memory(Options),
+    /// The control API: start to answer, latency, and fifty machines
+    Api(Options),
     /// fio on a guest's disk: speed, latency, processor time and exits
     Block(block::Options),
     /// TCP and UDP between a guest and its host: speed, latency, processor time and exits
@@ -66,6 +69,7 @@ impl Bench {
             What::Start(options) => (start::run(runs(&options)?)?, options.json),
             What::Boot(options) => (boot::run(runs(&options)?)?, options.json),
             What::Memory(options) => (memory::run(runs(&options)?)?, options.json),
+            What::Api(options) => (api::run(runs(&options)?)?, options.json),
             What::Block(options) => (block::run(&options)?, options.load.json),
             What::Net(options) => (net::run(&options)?, options.json),
             What::Vsock(options) => (vsock::run(&options)?, options.json),

@@ -9,6 +9,7 @@ use guest_images::progress::{Console, Progress};
 use guest_images::rootfs;
 
 use vmm_core::devices::registry::DeviceConfig;
+use vmm_core::hypervisor::kvm::KvmHypervisor;
 use vmm_core::{Vm, VmConfig};
 
 use crate::cli::say;
@@ -33,6 +34,7 @@ pub fn provide_kernel(config: &mut VmConfig, quiet: bool) -> anyhow::Result<()> 
             // A build takes minutes: what is wrong is better said before. Else it is said soon enough, and nothing is
             // opened twice, which a reader of a FIFO would notice, and which starts passt twice.
             Vm::builder(config.clone()).check()?;
+            KvmHypervisor::open()?;
         }
         let built = kernel::build_or_cached(flavour, &mut *progress(quiet))?;
         if flavour == Flavour::Ring3 && !quiet {

@@ -72,6 +72,21 @@ fn assert_mistake(output: &Output, status: i32, wants: &[&str]) {
 }
 
 #[test]
+fn without_kvm_nothing_is_built_first() {
+    let fixture = Fixture::new();
+    let alone = if rustix::process::geteuid().is_root() { "-m" } else { "-rm" };
+    // What is not there may be called /dev/kvm as well.
+    let script = "! [ -e /dev/kvm ] || mount --bind /dev/null /dev/kvm; exec \"$0\" run";
+    let mut command = Command::new("unshare");
+    command.args([alone, "sh", "-c", script, env!("CARGO_BIN_EXE_vmm")]).stdin(Stdio::null());
+    let output = command.env("XDG_CACHE_HOME", fixture.path("cache")).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("kvm") && said.lines().count() == 1, "{said}");
+    assert!(!fixture.path("cache").exists());
+}
+
+#[test]
 fn wrong_flags_are_told_with_what_would_be_right() {
     let fixture = Fixture::new();
     for (arguments, wants) in [

@@ -144,6 +144,8 @@ fn firecrackers_calls_are_a_guests_whole_life() -> Result<()> {
     api.patch("/balloon", json!({"amount_mib": 16}))?;
     assert_eq!(api.get_json("/balloon")?["amount_mib"], json!(16));
     api.patch("/balloon/statistics", json!({"stats_polling_interval_s": 2}))?;
+    api.patch("/vmm/v1/devices/balloon0", json!({"stats": 3}))?;
+    assert_eq!(api.get_json("/vm/config")?["balloon"]["stats_polling_interval_s"], json!(3));
     // The guest has its own time to get there.
     let inflated = || api.get_json("/balloon/statistics").map(|answer| answer["actual_mib"] == json!(16));
     while !inflated()? {

@@ -94,11 +94,6 @@ impl Control {
         Ok(())
     }
 
-    /// Writes down what has changed in the machine while it runs.
-    pub fn remember(&self, change: impl FnOnce(&mut FullConfiguration)) {
-        change(&mut self.lock().configuration);
-    }
-
     /// The machine, once it has been started.
     pub fn vm(&self) -> Result<Arc<Vm>, Refusal> {
         Ok(self.started()?.vm)
@@ -145,25 +140,27 @@ impl Control {
 
     /// Starts a machine of this configuration; if that fails, the program ends.
     pub fn start_or_end(&self, configuration: FullConfiguration) {
-        self.remember(|old| *old = configuration);
+        self.lock().configuration = configuration;
         if let Err(Refusal(sentence)) = self.start() {
             // It fails only when the program is ending.
             _ = self.orders.send(Order::End(sentence));
         }
     }
 
-    /// Changes the device that the API calls `id`, a `what`, while the machine runs; then the configuration.
-    pub fn update(
-        &self,
-        what: &str,
-        id: &str,
-        patch: Patch,
-        change: impl FnOnce(&mut FullConfiguration),
-    ) -> Result<(), Refusal> {
+    /// Changes the device that the API calls `id`, a `what`, while the machine runs.
+    pub fn update(&self, what: &str, id: &str, patch: Patch) -> Result<(), Refusal> {
+        let started = self.started()?;
+        let name = started.devices.get(id).ok_or_else(|| Refusal(format!("There is no {what} '{id}'.")))?;
+        self.update_device(name, patch)
+    }
+
+    /// Changes the device `name` of the running machine; the configuration says so as well.
+    pub fn update_device(&self, name: &str, patch: Patch) -> Result<(), Refusal> {
         let Started { vm, devices } = self.started()?;
-        let name = devices.get(id).ok_or_else(|| Refusal(format!("There is no {what} '{id}'.")))?;
         vm.update(name, patch)?;
-        self.remember(change);
+        // Under the lock, so that of two changes the later one is seen.
+        let mut state = self.lock();
+        state.configuration.take_over(&FullConfiguration::of(&vm.config()), &devices);
         Ok(())
     }
 

@@ -163,7 +163,7 @@ fn stop(control: &Control, request: Request<Json<Stop>>) -> Result<(), Refusal> 
 }
 
 fn patch_device(control: &Control, request: Request<Json<DevicePatch>>) -> Result<(), Refusal> {
-    Ok(control.vm()?.update(&request.id, request.body.0.0)?)
+    control.update_device(&request.id, request.body.0.0)
 }
 
 async fn prometheus(control: Arc<Control>) -> Response {

@@ -1,5 +1,7 @@
 //! From what Firecracker's clients say to a machine's configuration.
 
+use std::collections::HashMap;
+
 use vmm_core::VmConfig;
 use vmm_core::config::{SerialConfig, Transport};
 use vmm_core::devices::registry::{DeviceConfig, Patch};
@@ -222,6 +224,29 @@ impl FullConfiguration {
             }
         }
         full
+    }
+}
+
+impl FullConfiguration {
+    /// Takes over what can change while the machine runs. `now`: the machine in these words, by the names of its devices;
+    /// `names`: these, by what the API calls the devices.
+    pub fn take_over(&mut self, now: &Self, names: &HashMap<String, String>) {
+        for drive in &mut self.drives {
+            let name = names.get(&drive.drive_id);
+            if let Some(new) = now.drives.iter().find(|new| Some(&new.drive_id) == name) {
+                drive.path_on_host.clone_from(&new.path_on_host);
+                drive.rate_limiter = new.rate_limiter;
+            }
+        }
+        for interface in &mut self.network_interfaces {
+            let name = names.get(&interface.iface_id);
+            if let Some(new) = now.network_interfaces.iter().find(|new| Some(&new.iface_id) == name) {
+                interface.rx_rate_limiter = new.rx_rate_limiter;
+                interface.tx_rate_limiter = new.tx_rate_limiter;
+            }
+        }
+        self.balloon.clone_from(&now.balloon);
+        self.entropy.clone_from(&now.entropy);
     }
 }
 

@@ -19,7 +19,7 @@ use types::{
     Action, ActionType, Balloon, BalloonStatistics, BalloonStatsUpdate, BalloonUpdate, BootSource,
     CpuTemplate, Drive, DriveUpdate, Entropy, FirecrackerVersion, FullConfiguration, InstanceInfo, Logger,
     MachineConfiguration, MachineConfigurationUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate,
-    RateLimiter, Serial, TokenBucket, Vm, VmTarget, Vsock,
+    Serial, Vm, VmTarget, Vsock,
 };
 
 /// The version of Firecracker whose API this is.
@@ -187,21 +187,7 @@ fn patch_drive(control: &Control, Request { id, body: Json(update) }: Request<Js
     same_id(&id, &update.drive_id)?;
     let mut patch = convert::limits_patch("", update.rate_limiter);
     patch.extend(update.path_on_host.as_ref().map(|path| ("path".to_owned(), path.to_string_lossy().into())));
-    control.update("drive", &id, patch, |configuration| {
-        if let Some(drive) = configuration.drives.iter_mut().find(|drive| drive.drive_id == id) {
-            drive.path_on_host = update.path_on_host.or(drive.path_on_host.take());
-            merge(&mut drive.rate_limiter, update.rate_limiter);
-        }
-    })
-}
-
-/// Takes over the buckets that are given.
-fn merge(old: &mut Option<RateLimiter>, new: Option<RateLimiter>) {
-    if let Some(new) = new {
-        let was = old.unwrap_or(RateLimiter { bandwidth: None, ops: None });
-        let or = |new: Option<TokenBucket>, old| new.or(old);
-        *old = Some(RateLimiter { bandwidth: or(new.bandwidth, was.bandwidth), ops: or(new.ops, was.ops) });
-    }
+    control.update("drive", &id, patch)
 }
 
 fn put_interface(
@@ -234,13 +220,7 @@ fn patch_interface(
     same_id(&id, &update.iface_id)?;
     let mut patch = convert::limits_patch("rx_", update.rx_rate_limiter);
     patch.extend(convert::limits_patch("tx_", update.tx_rate_limiter));
-    control.update("network interface", &id, patch, |configuration| {
-        let mut interfaces = configuration.network_interfaces.iter_mut();
-        if let Some(interface) = interfaces.find(|interface| interface.iface_id == id) {
-            merge(&mut interface.rx_rate_limiter, update.rx_rate_limiter);
-            merge(&mut interface.tx_rate_limiter, update.tx_rate_limiter);
-        }
-    })
+    control.update("network interface", &id, patch)
 }
 
 fn put_vsock(control: &Control, request: Request<Json<Vsock>>) -> Done {
@@ -274,20 +254,18 @@ fn put_balloon(control: &Control, request: Request<Json<Balloon>>) -> Done {
 fn patch_balloon(control: &Control, request: Request<Json<BalloonUpdate>>) -> Done {
     let mib = request.body.0.amount_mib;
     let size = convert::mebibytes(mib).map_err(Refusal)?;
-    update_balloon(control, "size", size.to_string().into(), |balloon| balloon.amount_mib = mib)
+    update_balloon(control, "size", size.to_string().into())
 }
 
 fn patch_balloon_statistics(control: &Control, request: Request<Json<BalloonStatsUpdate>>) -> Done {
     let seconds = request.body.0.stats_polling_interval_s;
-    update_balloon(control, "stats", seconds.into(), |balloon| balloon.stats_polling_interval_s = seconds)
+    update_balloon(control, "stats", seconds.into())
 }
 
-fn update_balloon(control: &Control, key: &str, value: Value, change: impl FnOnce(&mut Balloon)) -> Done {
+fn update_balloon(control: &Control, key: &str, value: Value) -> Done {
     let vm = control.vm()?;
     let device = vm.devices().iter().find(|device| device.kind == "balloon").ok_or_else(no_balloon)?;
-    vm.update(&device.name, DevicePatch::from_iter([(key.to_owned(), value)]))?;
-    control.remember(|configuration| _ = configuration.balloon.as_mut().map(change));
-    Ok(())
+    control.update_device(&device.name, DevicePatch::from_iter([(key.to_owned(), value)]))
 }
 
 fn balloon_statistics(control: &Control, _: Request<()>) -> Answer<BalloonStatistics> {

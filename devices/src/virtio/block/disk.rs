@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, StatxFlags};
 use rustix::io::Errno;
@@ -145,6 +146,9 @@ impl Disk {
     }
 }
 
+/// How often, and how far apart, a lock is tried for that somebody has.
+const LOCK_TRIES: u32 = 20;
+const LOCK_INTERVAL: Duration = Duration::from_millis(10);
 const NO_DISK: &str = "give a disk image or a block device";
 
 /// Opens and locks a file or a block device.
@@ -184,7 +188,7 @@ pub fn open_locked(
         true => FlockOperation::NonBlockingLockShared,
         false => FlockOperation::NonBlockingLockExclusive,
     };
-    rustix::fs::flock(&fd, lock).map_err(|errno| match (errno, read_only) {
+    wait_for_lock(&fd, lock).map_err(|errno| match (errno, read_only) {
         (Errno::WOULDBLOCK, true) => {
             error("another VM is writing to it", "stop that VM, or make a copy of the disk")
         }
@@ -192,6 +196,18 @@ pub fn open_locked(
         (errno, _) => error(&format!("it cannot be locked ({errno})"), "put it on a file system with locks"),
     })?;
     Ok(fd)
+}
+
+/// Tries for a lock, and a little longer while somebody has it. A VM that was killed may have requests in flight in an
+/// io_uring: the host's kernel closes their file, and frees its lock, some milliseconds after the process is gone.
+fn wait_for_lock(fd: &OwnedFd, lock: FlockOperation) -> rustix::io::Result<()> {
+    for _ in 0..LOCK_TRIES {
+        match rustix::fs::flock(fd, lock) {
+            Err(Errno::WOULDBLOCK) => std::thread::sleep(LOCK_INTERVAL),
+            result => return result,
+        }
+    }
+    rustix::fs::flock(fd, lock)
 }
 
 /// What direct I/O on a file needs: alignment of offsets and lengths, and that of memory, in bytes.

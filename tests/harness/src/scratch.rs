@@ -20,7 +20,7 @@ impl Scratch {
             Place::Lab(_) => "/scratch".into(),
             _ => std::env::temp_dir().display().to_string(),
         };
-        let dir = place.shell(&format!("mktemp -d {dir}/vmm-test.XXXXXX"))?.ok()?.trim().to_owned();
+        let dir = place.shell(&format!("mktemp -d -p {dir}"))?.ok()?.trim().to_owned();
         Ok(Self { place: place.clone(), dir, last: Vec::new() })
     }
 

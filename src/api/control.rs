@@ -84,9 +84,7 @@ impl Control {
     ) -> Result<(), Refusal> {
         let mut state = self.lock();
         if state.started.is_some() {
-            return Err(Refusal(
-                "The requested operation is not supported after starting the microVM.".into(),
-            ));
+            return Err(not_after_start());
         }
         let mut changed = state.configuration.clone();
         change(&mut changed)?;
@@ -123,9 +121,7 @@ impl Control {
     pub fn start(&self) -> Result<(), Refusal> {
         let mut state = self.lock();
         if state.started.is_some() {
-            return Err(Refusal(
-                "The requested operation is not supported after starting the microVM.".into(),
-            ));
+            return Err(not_after_start());
         }
         let machine = state.configuration.machine(self.transport).map_err(Refusal)?;
         let names = machine.config.device_names();
@@ -177,6 +173,10 @@ impl Control {
     pub fn metrics(&self) -> &MetricsFile {
         &self.metrics
     }
+}
+
+fn not_after_start() -> Refusal {
+    Refusal("The requested operation is not supported after starting the microVM.".into())
 }
 
 impl Started {

@@ -53,7 +53,8 @@ fn line(vm: Option<&Vm>) -> Value {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let mut line = Map::from_iter([("utc_timestamp_ms".to_owned(), json!(now.as_millis() as u64))]);
     if let Some(vm) = vm {
-        let exits: Map<_, _> = exits(vm).into_iter().map(|(name, count)| (name, json!(count))).collect();
+        let exits: Map<_, _> =
+            exits(vm).into_iter().map(|(name, count)| (format!("exits_{name}"), json!(count))).collect();
         line.insert("vcpu".into(), exits.into());
         for device in vm.devices() {
             let counters: Map<_, _> = device
@@ -69,11 +70,11 @@ fn line(vm: Option<&Vm>) -> Value {
 }
 
 /// Exits of all vCPUs by cause, with names that stay.
-fn exits(vm: &Vm) -> Vec<(String, u64)> {
+pub fn exits(vm: &Vm) -> Vec<(String, u64)> {
     let all: Vec<ExitCount> = vm.exits().into_iter().flatten().collect();
     let total = |cause| all.iter().filter(|entry| entry.cause == cause).map(|entry| entry.count).sum();
     let causes = vmm_core::exits::ExitCause::ALL;
-    causes.map(|cause| (format!("exits_{}", cause.name().replace(' ', "_")), total(cause))).into()
+    causes.map(|cause| (cause.name().replace(' ', "_"), total(cause))).into()
 }
 
 /// The text that Prometheus reads. docs/metrics.md lists the names.
@@ -90,10 +91,8 @@ pub fn prometheus(id: &str, vm: Option<&Vm>) -> String {
     let running = vm.is_some_and(|vm| matches!(vm.state(), vmm_core::VmState::Running));
     family("vmm_running", "gauge", "1 while the guest runs", &[(String::new(), f64::from(running))]);
     let Some(vm) = vm else { return text };
-    let exits: Vec<_> = exits(vm)
-        .into_iter()
-        .map(|(name, count)| (format!(",cause=\"{}\"", &name["exits_".len()..]), count as f64))
-        .collect();
+    let exits: Vec<_> =
+        exits(vm).into_iter().map(|(name, count)| (format!(",cause=\"{name}\""), count as f64)).collect();
     family("vmm_exits_total", "counter", "Exits of vCPUs to this program", &exits);
     if let Ok(usage) = vm.usage() {
         let vcpus = usage

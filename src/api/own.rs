@@ -17,7 +17,6 @@ use serde_json::Value;
 use utoipa::ToSchema;
 use utoipa::openapi::HttpMethod::{Get, Patch, Put};
 use vmm_core::event::What;
-use vmm_core::exits::ExitCount;
 use vmm_core::{Event, Events, Milestone, Vm, VmState};
 
 use super::control::Control;
@@ -144,12 +143,9 @@ fn devices(vm: &Vm) -> Vec<Device> {
     vm.devices().iter().map(device).collect()
 }
 
+/// Those causes that there were.
 fn exits(vm: &Vm) -> BTreeMap<String, u64> {
-    let mut exits = BTreeMap::new();
-    for ExitCount { cause, count, .. } in vm.exits().into_iter().flatten() {
-        *exits.entry(cause.name().replace(' ', "_")).or_default() += count;
-    }
-    exits
+    metrics::exits(vm).into_iter().filter(|(_, count)| *count > 0).collect()
 }
 
 fn stop(control: &Control, request: Request<Json<Stop>>) -> Result<(), Refusal> {

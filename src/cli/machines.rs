@@ -191,12 +191,12 @@ pub fn run(command: &MachineCommand) -> anyhow::Result<ExitStatus> {
         MachineCommand::Logs { machine, follow } => logs(&machine.find()?, *follow),
         MachineCommand::Attach { machine } => attach(&machine.find_alive()?),
         MachineCommand::Stop { machines, time } => machines.each(|_, machine| stop(machine, *time)),
-        MachineCommand::Kill { machines } => machines.each(|_, machine| kill(machine)),
+        MachineCommand::Kill { machines } => machines.each(|_, machine| stop(machine, 0)),
         MachineCommand::Pause { machines } => machines.each(|_, machine| set_state(machine, "Paused")),
         MachineCommand::Resume { machines } => machines.each(|_, machine| set_state(machine, "Resumed")),
         MachineCommand::Rm { machines, force } => machines.each(|state, machine| {
             if *force {
-                kill(machine)?;
+                stop(machine, 0)?;
             }
             state.remove(machine)
         }),
@@ -364,6 +364,7 @@ fn attach(machine: &Machine) -> anyhow::Result<ExitStatus> {
     Ok(ExitStatus::Success)
 }
 
+/// Ends the machine: by its API, with so many seconds for the guest to shut down, and if that does not help, by a signal.
 fn stop(machine: &Machine, seconds: u64) -> anyhow::Result<()> {
     let Ok(watch) = machine.watch() else { return Ok(()) };
     if !watch.is_alive() {
@@ -371,18 +372,6 @@ fn stop(machine: &Machine, seconds: u64) -> anyhow::Result<()> {
     }
     let asked = client::ask(machine, Method::PUT, "/vmm/v1/stop", Some(&json!({ "deadline_s": seconds })));
     if asked.is_ok() && watch.wait(Some(Duration::from_secs(seconds) + KILL_GRACE)) {
-        return Ok(());
-    }
-    kill(machine)
-}
-
-fn kill(machine: &Machine) -> anyhow::Result<()> {
-    let Ok(watch) = machine.watch() else { return Ok(()) };
-    if !watch.is_alive() {
-        return Ok(());
-    }
-    let asked = client::ask(machine, Method::PUT, "/vmm/v1/stop", Some(&json!({"deadline_s": 0})));
-    if asked.is_ok() && watch.wait(Some(KILL_GRACE)) {
         return Ok(());
     }
     // Its lock is held, so the number is that of its process.

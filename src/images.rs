@@ -14,31 +14,28 @@ use vmm_core::{Vm, VmConfig};
 
 use crate::cli::say;
 
-/// Says what the choice of the ring-3 kernel means. With `cpus` vCPUs asked for.
-fn explain_ring3(cpus: u8) -> String {
-    let cpus = match cpus {
-        1 => "one vCPU".into(),
-        more => format!("one of the {more} vCPUs"),
-    };
-    format!(
-        "this host's processors offer no VMX or SVM, so the guest boots the ring-3 kernel: it uses {cpus}, runs \
-         64-bit programs only and does not protect itself from them; the VM's own boundary is as strong as ever"
-    )
-}
+/// What the choice of the ring-3 kernel means; 'vmm check' says more.
+const RING3: &str = "this host's processors offer no VMX or SVM, so the guest boots the ring-3 kernel: it uses one vCPU, runs \
+                     64-bit programs only and does not protect itself from them; the VM's own boundary is as strong as ever";
 
 /// Chooses the kernel for a machine that has none; builds it when it is not in the cache.
 pub fn provide_kernel(config: &mut VmConfig, quiet: bool) -> anyhow::Result<()> {
     if config.kernel.is_none() {
         let flavour = Flavour::for_host();
-        if kernel::cached(flavour).is_none() {
+        let first_time = kernel::cached(flavour).is_none();
+        if first_time {
             // A build takes minutes: what is wrong is better said before. Else it is said soon enough, and nothing is
             // opened twice, which a reader of a FIFO would notice, and which starts passt twice.
             Vm::builder(config.clone()).check()?;
             KvmHypervisor::open()?;
         }
         let built = kernel::build_or_cached(flavour, &mut *progress(quiet))?;
-        if flavour == Flavour::Ring3 && !quiet {
-            say(&explain_ring3(config.cpus));
+        if flavour == Flavour::Ring3 {
+            // Where it is news: at the first time, and to who asks for more.
+            match (first_time || config.cpus > 1) && !quiet {
+                true => say(RING3),
+                false => tracing::info!("{RING3}"),
+            }
         }
         config.kernel = Some(built.vmlinux);
     }

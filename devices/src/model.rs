@@ -355,6 +355,11 @@ pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOw
         false
     }
 
+    /// A kernel may print on it.
+    fn is_console(&self) -> bool {
+        false
+    }
+
     /// The device gets a thread of its own.
     fn own_runner(&self) -> bool {
         false
@@ -442,6 +447,8 @@ pub enum MachineEvent {
     /// The console carried a kernel's last words; only a reset soon after makes a panic of it, since every
     /// program that may write to the console can say them.
     LastWords,
+    /// The first byte of output came out of a console.
+    ConsoleOutput,
     /// The guest's init runs (a write to the boot port).
     UserSpaceReached,
     /// The guest's init reports the exit status of its command.

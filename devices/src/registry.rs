@@ -84,6 +84,11 @@ macro_rules! registry {
                 match self { $(Self::$variant(config) => config.is_root(),)+ }
             }
 
+            /// See [`DeviceKind::is_console`].
+            pub fn is_console(&self) -> bool {
+                match self { $(Self::$variant(config) => config.is_console(),)+ }
+            }
+
             /// See [`DeviceKind::own_runner`].
             pub fn own_runner(&self) -> bool {
                 match self { $(Self::$variant(config) => config.own_runner(),)+ }

@@ -70,11 +70,11 @@ fn line(vm: Option<&Vm>) -> Value {
 }
 
 /// Exits of all vCPUs by cause, with names that stay.
-pub fn exits(vm: &Vm) -> Vec<(String, u64)> {
+pub fn exits(vm: &Vm) -> Vec<(&'static str, u64)> {
     let all: Vec<ExitCount> = vm.exits().into_iter().flatten().collect();
     let total = |cause| all.iter().filter(|entry| entry.cause == cause).map(|entry| entry.count).sum();
     let causes = vmm_core::exits::ExitCause::ALL;
-    causes.map(|cause| (cause.name().replace(' ', "_"), total(cause))).into()
+    causes.map(|cause| (cause.name(), total(cause))).into()
 }
 
 /// The text that Prometheus reads. docs/metrics.md lists the names.

@@ -39,7 +39,7 @@ pub struct Inspection {
     pub pid: u32,
     /// `not started`, `created`, `running`, `paused`, `stopping` or `stopped`.
     pub state: String,
-    /// Microseconds from the start of the build to each milestone that is reached.
+    /// Microseconds from the start of the process to each milestone that is reached.
     pub milestones: BTreeMap<String, u64>,
     /// The machine's configuration, with what was changed since.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -125,13 +125,10 @@ fn inspect(control: &Control, _: Request<()>) -> Result<Json<Inspection>, Refusa
 }
 
 fn milestones(vm: &Vm) -> BTreeMap<String, u64> {
-    let micros = |milestone| Some((key(milestone), vm.milestones().get(milestone)?.as_micros() as u64));
+    let micros = |milestone: Milestone| {
+        Some((milestone.name().to_owned(), vm.milestones().get(milestone)?.as_micros() as u64))
+    };
     Milestone::ALL.into_iter().filter_map(micros).collect()
-}
-
-/// A milestone's name as a key.
-fn key(milestone: Milestone) -> String {
-    milestone.name().replace(' ', "_")
 }
 
 fn devices(vm: &Vm) -> Vec<Device> {
@@ -145,7 +142,8 @@ fn devices(vm: &Vm) -> Vec<Device> {
 
 /// Those causes that there were.
 fn exits(vm: &Vm) -> BTreeMap<String, u64> {
-    metrics::exits(vm).into_iter().filter(|(_, count)| *count > 0).collect()
+    let counted = metrics::exits(vm).into_iter().filter(|(_, count)| *count > 0);
+    counted.map(|(name, count)| (name.to_owned(), count)).collect()
 }
 
 fn stop(control: &Control, request: Request<Json<Stop>>) -> Result<(), Refusal> {
@@ -199,7 +197,7 @@ impl hyper::body::Body for Lines {
     }
 }
 
-/// An event in JSON: always `sequence`, `micros` since the build began, `event` and `text`, and what belongs to it.
+/// An event in JSON: always `sequence`, `micros` since the process started, `event` and `text`, and what belongs to it.
 fn event_json(event: &Event) -> Value {
     let (name, detail): (&str, Vec<(&str, Value)>) = match &event.what {
         What::State(state) => {
@@ -209,7 +207,7 @@ fn event_json(event: &Event) -> Value {
             }
             ("state", detail)
         }
-        What::Milestone(milestone) => ("milestone", vec![("milestone", key(*milestone).into())]),
+        What::Milestone(milestone) => ("milestone", vec![("milestone", milestone.name().into())]),
         What::GuestPanic => ("guest_panic", vec![]),
         What::ExitStatus(status) => ("exit_status", vec![("status", (*status).into())]),
         What::Updated { device } => ("updated", vec![("device", device.clone().into())]),

@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
+use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use clap::{ArgAction, Args, Parser};
@@ -42,7 +43,8 @@ pub struct ApiArgs {
 }
 
 /// Runs the subcommand.
-pub fn run(args: &ApiArgs) -> anyhow::Result<ExitStatus> {
+/// `start` is when the process began.
+pub fn run(args: &ApiArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     if args.open_api {
         return super::print(open_api().as_bytes());
     }
@@ -58,10 +60,10 @@ pub fn run(args: &ApiArgs) -> anyhow::Result<ExitStatus> {
             show_log_origin: false,
             module: None,
         },
-        start: None,
+        launch: None,
         metrics: None,
     };
-    service.run()
+    service.run(start)
 }
 
 /// The flags of Firecracker, which this program is called by its name.
@@ -140,7 +142,8 @@ pub fn is_firecracker(program: &Path) -> bool {
 }
 
 /// Runs as Firecracker does.
-pub fn firecracker() -> anyhow::Result<ExitStatus> {
+/// `start` is when the process began.
+pub fn firecracker(start: Instant) -> anyhow::Result<ExitStatus> {
     let args = match FirecrackerArgs::try_parse() {
         Ok(args) => args,
         Err(error) if !error.use_stderr() => {
@@ -159,7 +162,7 @@ pub fn firecracker() -> anyhow::Result<ExitStatus> {
     let level = level.map_err(|_| {
         UsageError(format!("'{}' is no level; use Off, Trace, Debug, Info, Warn or Error", args.level))
     })?;
-    let start = args.config_file.as_deref().map(load).transpose()?;
+    let launch = args.config_file.as_deref().map(load).transpose()?;
     let service = Service {
         socket: (!args.no_api).then_some(args.api_sock),
         id: args.id,
@@ -173,9 +176,9 @@ pub fn firecracker() -> anyhow::Result<ExitStatus> {
             module: args.module,
         },
         metrics: args.metrics_path.map(|metrics_path| Metrics { metrics_path }),
-        start,
+        launch,
     };
-    service.run()
+    service.run(start)
 }
 
 /// Reads a configuration file of Firecracker's.
@@ -196,11 +199,11 @@ struct Service {
     logger: Logger,
     metrics: Option<Metrics>,
     /// Is to be started at once.
-    start: Option<FullConfiguration>,
+    launch: Option<FullConfiguration>,
 }
 
 impl Service {
-    fn run(self) -> anyhow::Result<ExitStatus> {
+    fn run(self, start: Instant) -> anyhow::Result<ExitStatus> {
         let set_logger = logging::changeable();
         set_logger(&self.logger).map_err(|sentence| anyhow!(sentence))?;
         run::raise_file_limit();
@@ -215,14 +218,14 @@ impl Service {
         let serve = |socket: &Socket| socket.serve(control.clone(), self.max_body);
         let _server = socket.as_ref().map(serve).transpose()?;
         tracing::info!(id = self.id, "vmm {} is ready", env!("CARGO_PKG_VERSION"));
-        if let Some(configuration) = self.start {
+        if let Some(configuration) = self.launch {
             let control = control.clone();
             // The machine is built on this thread, and whoever asks for it waits.
             std::thread::Builder::new()
                 .name("start".into())
                 .spawn(move || control.start_or_end(configuration))?;
         }
-        let status = run_machine(&launches, &signals)?;
+        let status = run_machine(&launches, &signals, start)?;
         if let Err(sentence) = control.metrics().flush(control.vm_if_started().as_deref()) {
             say(&sentence);
         }
@@ -231,7 +234,11 @@ impl Service {
 }
 
 /// Builds the machines that are asked for until one starts, and runs that to its end.
-fn run_machine(orders: &Receiver<Order>, signals: &SignalThread) -> anyhow::Result<ExitStatus> {
+fn run_machine(
+    orders: &Receiver<Order>,
+    signals: &SignalThread,
+    start: Instant,
+) -> anyhow::Result<ExitStatus> {
     loop {
         // The API keeps the other end.
         let (config, reply) = match orders.recv()? {
@@ -239,7 +246,7 @@ fn run_machine(orders: &Receiver<Order>, signals: &SignalThread) -> anyhow::Resu
             Order::End(sentence) => return Err(anyhow!(sentence)),
         };
         let console = Console::of(&config.serial);
-        let built = Vm::builder(config).console_when_full(WhenFull::Wait).build();
+        let built = Vm::builder(config).process_start(start).console_when_full(WhenFull::Wait).build();
         let vm = match built {
             Ok(vm) => Arc::new(vm),
             Err(error) => {

@@ -55,7 +55,7 @@ enum Command {
 pub fn main(start: Instant) -> ExitStatus {
     let mut arguments = std::env::args_os();
     if arguments.next().is_some_and(|program| api::is_firecracker(program.as_ref())) {
-        return finish(api::firecracker());
+        return finish(api::firecracker(start));
     }
     let arguments = std::env::args_os();
     let result = match Cli::command().try_get_matches_from(arguments).and_then(|m| Cli::from_arg_matches(&m))
@@ -95,7 +95,7 @@ fn asked_for() -> String {
 fn dispatch(command: Command, start: Instant) -> anyhow::Result<ExitStatus> {
     match command {
         Command::Run(args) => run::run(&args, start),
-        Command::Api(args) => api::run(&args),
+        Command::Api(args) => api::run(&args, start),
         Command::Check(args) => check::run(&args),
         Command::Completion(args) => completion::run(&args),
         Command::Man(args) => man::run(&args),

@@ -233,7 +233,10 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     let socket =
         args.api_sock.clone().or_else(|| named.as_ref().map(|named| named.registered.machine().api()));
     let socket = socket.as_deref().map(Socket::bind).transpose()?;
-    let builder = Vm::builder(config).console_when_full(WhenFull::Wait).trace_exits(args.trace_exits);
+    let builder = Vm::builder(config)
+        .process_start(start)
+        .console_when_full(WhenFull::Wait)
+        .trace_exits(args.trace_exits);
     let vm = Arc::new(builder.build()?);
     // The machine has a descriptor of its own.
     drop(root);
@@ -293,7 +296,7 @@ impl RunArgs {
     /// Prints what was asked for about a machine that has ended.
     fn report(&self, vm: &Vm, start: Instant) {
         if self.timings {
-            print_timings(vm, start, start.elapsed());
+            print_timings(vm, start.elapsed());
         }
         if self.trace_exits {
             print_exits(vm);
@@ -352,7 +355,7 @@ fn print_exits(vm: &Vm) {
     let total: u64 = rows.iter().map(|(_, exit)| exit.count).sum();
     let row = |(vcpu, exit): &(usize, ExitCount)| {
         let address = exit.address.map(|address| format!(" {address:#x}")).unwrap_or_default();
-        format!("{:>10}  vcpu{vcpu} {}{address}\n", exit.count, exit.cause.name())
+        format!("{:>10}  vcpu{vcpu} {}{address}\n", exit.count, exit.cause)
     };
     let table: String = rows.iter().map(row).chain([format!("{total:>10}  exits\n")]).collect();
     // With standard error gone there is nobody to tell.
@@ -360,12 +363,10 @@ fn print_exits(vm: &Vm) {
 }
 
 /// A table of milliseconds from the start of the process, and what was reached.
-fn print_timings(vm: &Vm, start: Instant, stopped: Duration) {
-    let milestones = vm.milestones();
-    let build = milestones.start().saturating_duration_since(start);
-    let reached = Milestone::ALL.iter().filter_map(|&m| Some((m.name(), build + milestones.get(m)?)));
-    let mut rows: Vec<_> =
-        [("build began", build), ("stopped", stopped)].into_iter().chain(reached).collect();
+fn print_timings(vm: &Vm, stopped: Duration) {
+    let reached = |milestone: &Milestone| Some((milestone.to_string(), vm.milestones().get(*milestone)?));
+    let mut rows: Vec<_> = Milestone::ALL.iter().filter_map(reached).collect();
+    rows.push(("stopped".into(), stopped));
     rows.sort_by_key(|&(_, time)| time);
     let table: String =
         rows.iter().map(|(name, time)| format!("{:>10.3} ms  {name}\n", time.as_secs_f64() * 1e3)).collect();

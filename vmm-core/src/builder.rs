@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
+use std::time::Instant;
 
 use devices::legacy::boot::{self, BootPort};
 use devices::legacy::cmos::{self, Cmos};
@@ -12,7 +13,7 @@ use devices::legacy::power::{self, PowerRegisters};
 use devices::legacy::pvpanic::{self, PvPanic};
 use devices::legacy::serial::{self, SerialPort};
 use devices::log_file::{self, LogFileError};
-use devices::model::{Identity, MachineEvents, MachineShape, OpenError, VirtioDevice};
+use devices::model::{Identity, MachineEvent, MachineEvents, MachineShape, OpenError, VirtioDevice};
 use devices::pci::Function;
 use devices::pci::root::{self, Ecam, Ports, Root};
 use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
@@ -27,7 +28,7 @@ use crate::hypervisor::kvm::KvmHypervisor;
 use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
 use crate::machine::{Inbox, Machine, Milestone};
 use crate::memory::{GuestRam, HugePages, RamError};
-use crate::runner::{NewUnit, Runner, RunnerError, TellErrors, UnitHandle};
+use crate::runner::{NewUnit, Runner, RunnerError, TellErrors, TellOutput, UnitHandle};
 use crate::vcpu::Buses;
 use crate::vm::{Message, Vm};
 use crate::window::WindowError;
@@ -85,11 +86,18 @@ pub struct VmBuilder {
     hypervisor: Option<Box<dyn Hypervisor>>,
     when_full: WhenFull,
     trace_exits: bool,
+    process_start: Option<Instant>,
 }
 
 impl VmBuilder {
     pub(crate) fn new(config: VmConfig) -> Self {
-        Self { config, hypervisor: None, when_full: WhenFull::default(), trace_exits: false }
+        Self {
+            config,
+            hypervisor: None,
+            when_full: WhenFull::default(),
+            trace_exits: false,
+            process_start: None,
+        }
     }
 
     /// Uses `hypervisor` in place of KVM.
@@ -107,6 +115,13 @@ impl VmBuilder {
     /// Tells exits apart by address, for [`Vm::exits`]. It costs each of them a look into a table.
     pub fn trace_exits(mut self, trace: bool) -> Self {
         self.trace_exits = trace;
+        self
+    }
+
+    /// When the program began, which a library cannot know. Events and milestones count from there instead of from the
+    /// begin of the build.
+    pub fn process_start(mut self, start: Instant) -> Self {
+        self.process_start = Some(start);
         self
     }
 
@@ -143,7 +158,7 @@ impl VmBuilder {
     pub fn build(self) -> Result<Vm, BuildError> {
         self.config.validate()?;
         let kernel_path = self.config.kernel.clone().ok_or(ConfigError::NoKernel)?;
-        let journal = Arc::new(Journal::new());
+        let journal = Arc::new(Journal::begin(self.process_start));
         let (control, messages) = mpsc::channel();
         let inbox = Arc::new(Inbox::new(control.clone(), journal.clone()));
         let hypervisor = match self.hypervisor {
@@ -161,6 +176,7 @@ impl VmBuilder {
         if config.mem_prealloc {
             ram.populate()?;
         }
+        journal.reach(Milestone::MemoryReady);
         let kernel = kernel::load(ram.memory(), &kernel_path, config.boot_protocol)?;
         let initrd = config.initrd.as_deref();
         let initrd = initrd.map(|path| kernel::load_initrd(ram.memory(), path, &kernel)).transpose()?;
@@ -312,7 +328,12 @@ impl Parts {
                 (false, Some(runner)) => &*runner,
                 (false, shared) => &*shared.insert(self.start_runner("virtio")?),
             };
-            let new = NewUnit { device, limits: config.limits(), tell_errors: self.tell_errors(&name) };
+            let new = NewUnit {
+                device,
+                limits: config.limits(),
+                tell_errors: self.tell_errors(&name),
+                tell_output: config.is_console().then(|| self.tell_output()),
+            };
             let unit = match slots {
                 Slots::Mmio(slots) => self.add_mmio_device(runner, new, slots[i])?,
                 Slots::Pci(bars) => {
@@ -330,6 +351,11 @@ impl Parts {
     fn tell_errors(&self, device: &str) -> TellErrors {
         let (journal, device) = (self.journal.clone(), device.to_owned());
         Box::new(move |total| journal.record(What::DeviceErrors { device: device.clone(), total }))
+    }
+
+    fn tell_output(&self) -> TellOutput {
+        let events = self.inbox.clone();
+        Box::new(move || events.raise(MachineEvent::ConsoleOutput))
     }
 
     fn start_runner(&self, name: &str) -> Result<Runner, RunnerError> {

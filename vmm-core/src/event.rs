@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::machine::{Milestone, Milestones};
 use crate::state::VmState;
@@ -20,7 +20,7 @@ pub const KEPT: usize = 256;
 pub struct Event {
     /// Number of the event, from 0.
     pub sequence: u64,
-    /// Time since the build of the machine began.
+    /// Time since [`Milestones::start`].
     pub at: Duration,
     /// What happened.
     pub what: What,
@@ -60,7 +60,7 @@ impl fmt::Display for What {
         match self {
             Self::State(VmState::Stopped(reason)) => write!(f, "stopped: {reason}"),
             Self::State(state) => f.write_str(state.name()),
-            Self::Milestone(milestone) => f.write_str(milestone.name()),
+            Self::Milestone(milestone) => milestone.fmt(f),
             Self::GuestPanic => f.write_str("the guest's kernel panicked"),
             Self::ExitStatus(status) => write!(f, "the guest's command ended with exit status {status}"),
             Self::Updated { device } => write!(f, "{device} was changed"),
@@ -118,8 +118,19 @@ pub(crate) struct Journal {
 }
 
 impl Journal {
-    pub fn new() -> Self {
-        Self { milestones: Milestones::new(), log: Mutex::default(), changed: Condvar::new() }
+    /// The journal of a machine whose build begins now, in a process that started then, if that is known.
+    pub fn begin(process_start: Option<Instant>) -> Self {
+        let journal = Self::since(process_start.unwrap_or_else(Instant::now));
+        if process_start.is_some() {
+            journal.milestones.reach(Milestone::ProcessStarted, Duration::ZERO);
+            journal.write(journal.lock(), Duration::ZERO, What::Milestone(Milestone::ProcessStarted));
+        }
+        journal.reach(Milestone::BuildBegan);
+        journal
+    }
+
+    fn since(start: Instant) -> Self {
+        Self { milestones: Milestones::since(start), log: Mutex::default(), changed: Condvar::new() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Log> {
@@ -132,19 +143,30 @@ impl Journal {
 
     /// Writes down that the guest got this far, if it is for the first time.
     pub fn reach(&self, milestone: Milestone) {
-        if self.milestones.reach(milestone) {
-            self.record(What::Milestone(milestone));
+        // A guest can say so as often as it likes.
+        if self.milestones.get(milestone).is_some() {
+            return;
+        }
+        let log = self.lock();
+        let at = self.milestones.start().elapsed();
+        if self.milestones.reach(milestone, at) {
+            self.write(log, at, What::Milestone(milestone));
         }
     }
 
     pub fn record(&self, what: What) {
-        let mut log = self.lock();
+        let log = self.lock();
+        self.write(log, self.milestones.start().elapsed(), what);
+    }
+
+    /// `at` is a time under the lock: events are in its order.
+    fn write(&self, mut log: MutexGuard<'_, Log>, at: Duration, what: What) {
         if log.closed {
             return;
         }
         tracing::info!("{what}");
         log.closed = matches!(what, What::State(VmState::Stopped(_)));
-        log.push(self.milestones.start().elapsed(), what);
+        log.push(at, what);
         let wakers = std::mem::take(&mut log.wakers);
         drop(log);
         self.changed.notify_all();
@@ -236,7 +258,7 @@ mod tests {
 
     #[test]
     fn every_reader_sees_everything_and_the_end() {
-        let journal = Arc::new(Journal::new());
+        let journal = Arc::new(Journal::since(Instant::now()));
         journal.reach(Milestone::Started);
         journal.reach(Milestone::Started);
         let early = std::thread::spawn({
@@ -255,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_slow_reader_is_told_what_it_missed() {
-        let journal = Arc::new(Journal::new());
+        let journal = Arc::new(Journal::since(Instant::now()));
         let mut events = Events::of(journal.clone());
         let status = |i: usize| What::ExitStatus(i as u8);
         (0..KEPT + 3).for_each(|i| journal.record(status(i)));
@@ -277,7 +299,7 @@ mod tests {
         let count = Arc::new(Count(0.into()));
         let waker = Waker::from(count.clone());
         let context = Context::from_waker(&waker);
-        let journal = Arc::new(Journal::new());
+        let journal = Arc::new(Journal::since(Instant::now()));
         let mut events = Events::of(journal.clone());
         assert!(events.poll_next(&context).is_pending());
         assert!(events.poll_next(&context).is_pending());
@@ -289,7 +311,7 @@ mod tests {
 
     #[test]
     fn nothing_is_left_of_readers_that_have_gone() {
-        let journal = Arc::new(Journal::new());
+        let journal = Arc::new(Journal::since(Instant::now()));
         let wakers: Vec<Arc<Ignore>> = (0..3).map(|_| Arc::default()).collect();
         let mut events = Events::of(journal.clone());
         for waker in &wakers {

@@ -1,6 +1,7 @@
 //! What made a vCPU leave the guest, counted: the cost of a guest's habits.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -31,13 +32,13 @@ impl ExitCause {
     pub const ALL: [Self; 6] =
         [Self::PortRead, Self::PortWrite, Self::MemoryRead, Self::MemoryWrite, Self::Interruption, Self::End];
 
-    /// A short name.
+    /// A name that stays, for programs.
     pub fn name(self) -> &'static str {
         match self {
-            Self::PortRead => "port read",
-            Self::PortWrite => "port write",
-            Self::MemoryRead => "memory read",
-            Self::MemoryWrite => "memory write",
+            Self::PortRead => "port_read",
+            Self::PortWrite => "port_write",
+            Self::MemoryRead => "memory_read",
+            Self::MemoryWrite => "memory_write",
             Self::Interruption => "interruption",
             Self::End => "end",
         }
@@ -52,6 +53,19 @@ impl ExitCause {
             Exit::Interrupted => (Self::Interruption, 0),
             Exit::Shutdown | Exit::Failed(_) => (Self::End, 0),
         }
+    }
+}
+
+impl fmt::Display for ExitCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PortRead => "port read",
+            Self::PortWrite => "port write",
+            Self::MemoryRead => "memory read",
+            Self::MemoryWrite => "memory write",
+            Self::Interruption => "interruption",
+            Self::End => "end",
+        })
     }
 }
 

@@ -1,5 +1,6 @@
 //! A built machine: what the control thread owns, and what its devices report.
 
+use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
@@ -17,34 +18,72 @@ use crate::vcpu::{Buses, VcpuEnd, VcpuThread, Watch};
 use crate::vm::Message;
 
 /// A point in a machine's life whose time is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[non_exhaustive]
 pub enum Milestone {
-    /// The kernel-side VM and its memory exist.
-    VmCreated,
+    /// The program began that runs the machine, if it told when: [`crate::VmBuilder::process_start`].
+    ProcessStarted,
+    /// [`crate::VmBuilder::build`] was called.
+    BuildBegan,
+    /// Guest memory is mapped.
+    MemoryReady,
     /// Kernel and initrd are in guest memory.
     KernelLoaded,
+    /// The kernel-side VM exists and has its memory.
+    VmCreated,
     /// vCPU threads are about to run.
     Started,
     /// The first vCPU made its first exit.
     FirstExit,
+    /// The first byte of output came, on the serial port or a console device: a kernel that is not told to be quiet greets.
+    ConsoleOutput,
     /// The guest's init said that it runs.
     UserSpaceReached,
 }
 
 impl Milestone {
-    /// All of them, in the order in which they are reached.
-    pub const ALL: [Self; 5] =
-        [Self::VmCreated, Self::KernelLoaded, Self::Started, Self::FirstExit, Self::UserSpaceReached];
+    /// All of them, in the order in which they are reached; a kernel that is told to be quiet prints late, or never.
+    pub const ALL: [Self; 9] = [
+        Self::ProcessStarted,
+        Self::BuildBegan,
+        Self::MemoryReady,
+        Self::KernelLoaded,
+        Self::VmCreated,
+        Self::Started,
+        Self::FirstExit,
+        Self::ConsoleOutput,
+        Self::UserSpaceReached,
+    ];
 
-    /// A short name.
+    /// A name that stays, for programs.
     pub fn name(self) -> &'static str {
         match self {
-            Self::VmCreated => "vm created",
-            Self::KernelLoaded => "kernel loaded",
+            Self::ProcessStarted => "process_started",
+            Self::BuildBegan => "build_began",
+            Self::MemoryReady => "memory_ready",
+            Self::KernelLoaded => "kernel_loaded",
+            Self::VmCreated => "vm_created",
             Self::Started => "started",
-            Self::FirstExit => "first exit",
-            Self::UserSpaceReached => "user space reached",
+            Self::FirstExit => "first_exit",
+            Self::ConsoleOutput => "console_output",
+            Self::UserSpaceReached => "user_space_reached",
         }
+    }
+}
+
+impl fmt::Display for Milestone {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ProcessStarted => "process started",
+            Self::BuildBegan => "build began",
+            Self::MemoryReady => "memory ready",
+            Self::KernelLoaded => "kernel loaded",
+            Self::VmCreated => "VM created",
+            Self::Started => "vCPUs started",
+            Self::FirstExit => "first exit",
+            Self::ConsoleOutput => "first byte on the console",
+            Self::UserSpaceReached => "user space reached",
+        })
     }
 }
 
@@ -57,23 +96,23 @@ pub struct Milestones {
 }
 
 impl Milestones {
-    pub(crate) fn new() -> Self {
-        Self { start: Instant::now(), micros: std::array::from_fn(|_| AtomicU64::new(u64::MAX)) }
+    pub(crate) fn since(start: Instant) -> Self {
+        Self { start, micros: std::array::from_fn(|_| AtomicU64::new(u64::MAX)) }
     }
 
     /// Keeps the time of `milestone`; returns whether it is the first time, which is the only one that counts.
-    pub(crate) fn reach(&self, milestone: Milestone) -> bool {
-        let now = self.start.elapsed().as_micros() as u64;
+    pub(crate) fn reach(&self, milestone: Milestone, at: Duration) -> bool {
+        let now = at.as_micros() as u64;
         let slot = &self.micros[milestone as usize];
         slot.compare_exchange(u64::MAX, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
-    /// When the build started, from where [`Self::get`] counts.
+    /// From where [`Self::get`] counts: when the process started, if that was told, else when the build began.
     pub fn start(&self) -> Instant {
         self.start
     }
 
-    /// Time from the start of the build to `milestone`; `None` if it is not reached.
+    /// Time from [`Self::start`] to `milestone`; `None` if it is not reached.
     pub fn get(&self, milestone: Milestone) -> Option<Duration> {
         match self.micros[milestone as usize].load(Ordering::Relaxed) {
             u64::MAX => None,
@@ -146,6 +185,7 @@ impl MachineEvents for Inbox {
             MachineEvent::PowerOff => POWER_OFF,
             MachineEvent::Panicked => PANICKED,
             MachineEvent::LastWords => LAST_WORDS,
+            MachineEvent::ConsoleOutput => return self.journal.reach(Milestone::ConsoleOutput),
             MachineEvent::UserSpaceReached => return self.journal.reach(Milestone::UserSpaceReached),
             MachineEvent::ExitStatus(status) => {
                 // However often a guest reports one, it is one event.

@@ -1,4 +1,4 @@
-//! Guest memory: the only place that maps it, but for the files of devices ([`crate::window`]).
+//! Guest memory: the only place that maps it, but for the files of devices (`window.rs`).
 #![allow(unsafe_code, reason = "advice on a mapping is given by address")]
 
 use std::fs::{self, File};

@@ -62,6 +62,8 @@ struct Subscriber {
     sources: Vec<HostSource>,
     paused: bool,
     errors: ErrorWatch,
+    /// Gone once it was told.
+    tell_output: Option<TellOutput>,
 }
 
 /// Looks whether requests have failed on the host's side, and tells so now and then.
@@ -74,6 +76,9 @@ struct ErrorWatch {
 
 /// Called, on the runner's thread, with the number of requests of a device that have failed on the host's side.
 pub type TellErrors = Box<dyn Fn(u64) + Send>;
+
+/// Called once, on the runner's thread, when a device has had the first bytes from the guest.
+pub type TellOutput = Box<dyn FnOnce() + Send>;
 
 impl ErrorWatch {
     fn look(&mut self, counters: &Counters) {
@@ -197,7 +202,13 @@ impl MutEventSubscriber for Subscriber {
             DUE => self.serve_waiting(),
             _ => self.serve_source(data - SOURCE),
         }
-        self.errors.look(self.unit.counters());
+        let counters = self.unit.counters();
+        self.errors.look(counters);
+        if let Some(tell) =
+            self.tell_output.take_if(|_| counters.bytes_from_guest.load(Ordering::Relaxed) > 0)
+        {
+            tell();
+        }
     }
 }
 
@@ -209,6 +220,8 @@ pub struct NewUnit {
     pub limits: Vec<Limits>,
     /// Whom to tell of its errors.
     pub tell_errors: TellErrors,
+    /// Whom to tell of its first output, if that is of interest.
+    pub tell_output: Option<TellOutput>,
 }
 
 /// A thread with an event loop that owns devices.
@@ -260,7 +273,7 @@ impl Runner {
         notifier: Arc<dyn Notifier>,
         mem: GuestMemory,
     ) -> Result<Arc<UnitHandle>, RunnerError> {
-        let NewUnit { device, limits, tell_errors } = new;
+        let NewUnit { device, limits, tell_errors, tell_output } = new;
         let kicks = device
             .queue_sizes()
             .iter()
@@ -278,6 +291,7 @@ impl Runner {
             sources: Vec::new(),
             paused: false,
             errors: ErrorWatch { told: 0, at: None, tell: tell_errors },
+            tell_output,
         };
         let id = self
             .endpoint

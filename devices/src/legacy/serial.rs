@@ -37,22 +37,22 @@ pub struct SerialPort {
 }
 
 struct Uart {
-    registers: Serial<Line, NoEvents, PanicWatch<Box<dyn Write + Send>>>,
+    registers: Serial<Line, NoEvents, OutputWatch<Box<dyn Write + Send>>>,
     /// Input was offered that could not be taken.
     refused: bool,
 }
 
 impl SerialPort {
     /// A port that raises `irq` and writes what the guest sends to `output`. `input_wanted` is called, with no
-    /// lock held, when input that [`Self::input`] did not take can be offered again. `events` hears of a
-    /// kernel's last words.
+    /// lock held, when input that [`Self::input`] did not take can be offered again. `events` hears of the first
+    /// byte of output and of a kernel's last words.
     pub fn new(
         irq: Arc<dyn IrqLine>,
         events: Arc<dyn MachineEvents>,
         output: Box<dyn Write + Send>,
         input_wanted: Box<dyn Fn() + Send + Sync>,
     ) -> Self {
-        let mut registers = Serial::new(Line(irq), PanicWatch { output, events, matched: 0 });
+        let mut registers = Serial::new(Line(irq), OutputWatch { output, events, begun: false, matched: 0 });
         // As after a power-on: OUT2 is off until a driver opens the port.
         _ = registers.write(MCR, 0);
         Self {
@@ -139,20 +139,26 @@ impl Trigger for Line {
 /// in a stream simple.
 const LAST_WORDS: &[u8] = b"Kernel panic - not syncing";
 
-/// Passes output on, and raises [`MachineEvent::LastWords`] whenever a line with a kernel's last words ends.
+/// Passes output on, and raises [`MachineEvent::ConsoleOutput`] at its first byte and [`MachineEvent::LastWords`] whenever
+/// a line with a kernel's last words ends.
 ///
 /// Kernels without a pvpanic driver have no other way to tell a panic from a reboot. A program in the guest
 /// can print the same words, so they are no panic yet; and they count each time, or a program that says them
 /// first would hide a panic that comes later.
-struct PanicWatch<W> {
+struct OutputWatch<W> {
     output: W,
     events: Arc<dyn MachineEvents>,
+    /// There was a byte.
+    begun: bool,
     /// How much of [`LAST_WORDS`] was seen.
     matched: usize,
 }
 
-impl<W> PanicWatch<W> {
+impl<W> OutputWatch<W> {
     fn watch(&mut self, byte: u8) {
+        if !std::mem::replace(&mut self.begun, true) {
+            self.events.raise(MachineEvent::ConsoleOutput);
+        }
         if self.matched < LAST_WORDS.len() {
             self.matched = match byte {
                 _ if byte == LAST_WORDS[self.matched] => self.matched + 1,
@@ -166,7 +172,7 @@ impl<W> PanicWatch<W> {
     }
 }
 
-impl<W: Write> Write for PanicWatch<W> {
+impl<W: Write> Write for OutputWatch<W> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let result = self.output.write(bytes);
         // Words count as spoken even if the output is gone.

@@ -153,7 +153,8 @@ fn output_that_fails_is_counted() {
     let port = SerialPort::new(bench, events.clone(), Box::new(Broken), Box::new(|| ()));
     LAST_WORDS.iter().chain(b"\n").for_each(|&byte| port.write(0, &[byte]));
     assert_eq!(port.output_errors(), LAST_WORDS.len() as u64 + 1);
-    assert_eq!(events.take(), [MachineEvent::LastWords], "heard all the same");
+    let heard = [MachineEvent::ConsoleOutput, MachineEvent::LastWords];
+    assert_eq!(events.take(), heard, "heard all the same");
 }
 
 #[test]
@@ -161,7 +162,7 @@ fn a_kernels_last_words_are_heard_at_the_end_of_their_line_every_time() {
     let (_, events, port) = port();
     let say = |text: &str| text.bytes().for_each(|byte| port.write(0, &[byte]));
     say("Kernel panic\nKernel panic - not sync\nnot syncing\n");
-    assert_eq!(events.take(), []);
+    assert_eq!(events.take(), [MachineEvent::ConsoleOutput], "once");
     say("[    1.0] KernelKernel panic - not syncing: no init");
     assert_eq!(events.take(), []);
     say(" found.\r\n");

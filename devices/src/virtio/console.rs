@@ -79,6 +79,10 @@ impl DeviceKind for Config {
         Ok(Box::new(Console::new(side)))
     }
 
+    fn is_console(&self) -> bool {
+        true
+    }
+
     /// A console at whose other end somebody has typed, and reads nothing.
     #[cfg(any(test, feature = "specimen"))]
     fn specimen() -> Box<dyn VirtioDevice> {

@@ -116,7 +116,7 @@ impl<T: DeserializeOwned + ToSchema + Send + 'static> Input for Json<T> {
     fn parse(body: &[u8]) -> Result<Self, String> {
         match body {
             [] => Err("This request takes a JSON body.".into()),
-            body => serde_json::from_slice(body).map(Json).map_err(|error| {
+            body => super::strict::from_slice(body).map(Json).map_err(|error| {
                 format!("An error occurred when deserializing the json body of a request: {error}.")
             }),
         }
@@ -198,6 +198,7 @@ impl<C: Send + Sync + 'static> Calls<C> {
         let text = ContentBuilder::new().schema(Some(ObjectBuilder::new().schema_type(Type::String))).build();
         let answer = ResponseBuilder::new().description("as described").content(content, text);
         let operation = OperationBuilder::new().summary(Some(what)).response("200", answer);
+        let operation = operation.response("400", refused());
         self.paths.add_path_operation(path, vec![HttpMethod::Get], operation);
         self
     }
@@ -225,9 +226,7 @@ impl<C: Send + Sync + 'static> Calls<C> {
                 operation.response("200", good.description("the answer").content("application/json", content))
             }
         };
-        let fault = ContentBuilder::new().schema(Some(Ref::from_schema_name("Fault"))).build();
-        let refused = ResponseBuilder::new().description("refused, and nothing was changed");
-        operation = operation.response("400", refused.content("application/json", fault));
+        operation = operation.response("400", refused());
         self.paths.add_path_operation(path, vec![method], operation);
         self
     }
@@ -264,6 +263,11 @@ impl<C: Send + Sync + 'static> Calls<C> {
         });
         self.router.fallback(unknown).method_not_allowed_fallback(unknown).layer(named)
     }
+}
+
+fn refused() -> ResponseBuilder {
+    let fault = ContentBuilder::new().schema(Some(Ref::from_schema_name("Fault"))).build();
+    ResponseBuilder::new().description("refused, and nothing was changed").content("application/json", fault)
 }
 
 fn filter(method: &HttpMethod) -> MethodFilter {

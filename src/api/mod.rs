@@ -6,6 +6,7 @@ pub mod firecracker;
 mod http;
 mod metrics;
 pub mod own;
+pub mod strict;
 
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -96,5 +97,6 @@ pub fn open_api() -> String {
     let (orders, _) = std::sync::mpsc::channel();
     let control = Control::empty("", vmm_core::config::Transport::Mmio, orders, Box::new(|_| Ok(())));
     let document = calls(Arc::new(control), MAX_BODY).open_api("vmm");
-    document.to_pretty_json().unwrap_or_default() + "\n"
+    // OpenAPI's registry of formats knows them as `uint32` and `uint64`.
+    document.to_pretty_json().unwrap_or_default().replace("\"u-int", "\"uint") + "\n"
 }

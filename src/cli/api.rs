@@ -15,6 +15,7 @@ use vmm_core::console::WhenFull;
 use super::{logging, run, say};
 use crate::api::firecracker::VERSION;
 use crate::api::firecracker::types::{FullConfiguration, LogLevel, Logger, Metrics};
+use crate::api::strict;
 use crate::api::{Control, MAX_BODY, Order, Socket, open_api};
 use crate::exit::{ExitStatus, UsageError};
 use crate::session::{self, Console, Manner, SignalThread};
@@ -186,7 +187,7 @@ fn load(path: &Path) -> anyhow::Result<FullConfiguration> {
     let shown = path.display();
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read configuration '{shown}'"))?;
-    let parsed = serde_json::from_str(&text);
+    let parsed = strict::from_slice(text.as_bytes());
     Ok(parsed.map_err(|error| UsageError(format!("configuration '{shown}' is not valid: {error}")))?)
 }
 

@@ -26,6 +26,7 @@ pub mod net;
 pub mod packages;
 pub mod process;
 pub mod report;
+pub mod schemathesis;
 pub mod smaps;
 
 mod disk;

@@ -12,6 +12,15 @@ Exit status:
   128+N  ended by signal N; 141 (128 + SIGPIPE) when nobody reads standard output any more
   With `-- COMMAND`, a guest that ends by itself has the exit status of COMMAND.";
 
+/// The same for the other commands.
+pub const COMMANDS_HELP: &str = "\
+Exit status, but for run, which has its own:
+  0      done
+  1      it could not be done, for one machine at least: there is none of this name, it has ended, it does not answer
+  2      wrong flags
+  141    nobody reads standard output any more (128 + SIGPIPE)
+  wait ends with the status that run would have had, or with 1 for a machine that was killed.";
+
 /// How the command ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExitStatus {

@@ -327,6 +327,16 @@ pub fn write_all(fd: BorrowedFd<'_>, mut data: &[u8]) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Waits for so long, or until `input` can be read. Returns at once with true when nobody reads standard output any more.
+pub fn pause(time: Duration, input: Option<BorrowedFd<'_>>) -> bool {
+    let mut fds = vec![PollFd::from_borrowed_fd(stdout(), PollFlags::empty())];
+    fds.extend(input.map(|input| PollFd::from_borrowed_fd(input, PollFlags::IN)));
+    // What is too long for the kernel is for ever.
+    let time = rustix::event::Timespec::try_from(time).ok();
+    _ = poll(&mut fds, time.as_ref());
+    fds[0].revents().intersects(PollFlags::ERR | PollFlags::HUP)
+}
+
 fn wait_for(fd: BorrowedFd<'_>, events: PollFlags) {
     // Whatever it says, the next read or write says it too.
     _ = poll(&mut [PollFd::new(&fd, events)], None);

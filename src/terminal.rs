@@ -94,6 +94,11 @@ pub fn restore() {
     }
 }
 
+/// Whether what is written to `output` may have colours: it is a terminal, and nobody has said NO_COLOR.
+pub fn shows_colours(output: &impl io::IsTerminal) -> bool {
+    output.is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
 /// Standard error, unbuffered; on a raw terminal a line break returns to the left margin too.
 pub struct Stderr;
 

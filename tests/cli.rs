@@ -45,6 +45,16 @@ impl Fixture {
         command
     }
 
+    /// What a shell is told that asks for the last word of `line`.
+    fn completes(&self, line: &str) -> Vec<String> {
+        let words: Vec<&str> = line.split(' ').collect();
+        let mut command = self.vmm("--");
+        command.args(&words).env("VMM_COMPLETE", "bash").env("_CLAP_IFS", "\n");
+        let output = command.env("_CLAP_COMPLETE_INDEX", (words.len() - 1).to_string()).output().unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{line}: {output:?}");
+        String::from_utf8(output.stdout).unwrap().lines().map(|line| line.trim().to_owned()).collect()
+    }
+
     fn output(&self, arguments: &str) -> Output {
         self.vmm(arguments).output().unwrap()
     }
@@ -373,17 +383,30 @@ fn help_completion_and_manual_pages_know_every_flag() {
         "--vsock",
         "--console",
     ];
-    for arguments in ["run --help", "help run", "completion bash", "man run"] {
+    for arguments in ["run --help", "help run", "man run"] {
         let text = fixture.prints(arguments).replace("\\-", "-");
         for flag in flags {
             assert!(text.contains(flag), "{arguments} does not know {flag}");
         }
     }
-    for shell in ["zsh", "fish"] {
-        // fish writes flags without their dashes.
+    for (shell, command) in
+        [("bash", "complete -o nospace"), ("zsh", "compdef"), ("fish", "complete --keep-order")]
+    {
         let text = fixture.prints(&format!("completion {shell}"));
-        assert!(flags.iter().all(|flag| text.contains(flag.trim_start_matches('-'))), "{shell}");
+        assert!(text.contains(command) && text.contains("VMM_COMPLETE"), "{text}");
     }
+    let text = fixture.completes("vmm run --");
+    assert!(flags.iter().all(|flag| text.iter().any(|known| known == flag)), "{text:?}");
+    assert_eq!(fixture.completes("vmm pau"), ["pause"]);
+    assert_eq!(fixture.completes("vmm stats --format j"), ["json"]);
+    for name in ["web", "web-2", "db"] {
+        fs::create_dir_all(fixture.path("state").join(name)).unwrap();
+        fs::write(fixture.path("state").join(name).join("lock"), "").unwrap();
+    }
+    assert_eq!(fixture.completes("vmm stop --state-dir state w"), ["web", "web-2"]);
+    assert_eq!(fixture.completes("vmm rm --state-dir state web d"), ["db"]);
+    assert!(fixture.completes("vmm attach --state-dir nowhere w").is_empty());
+    assert!(!fixture.path("nowhere").exists());
     assert!(fixture.prints("man run").starts_with(".ie"), "roff");
     assert!(fixture.prints("man").contains("completion"));
     assert!(fixture.prints("run --help").contains("128+N"), "exit statuses");

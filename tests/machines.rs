@@ -141,6 +141,10 @@ fn a_guest_in_the_background_has_a_whole_life() -> Result<()> {
     assert!(said.contains("no device 'disk9'"), "{said}");
     let table = state.ok("stats --once web")?;
     assert!(table.starts_with("NAME") && table.contains("\nweb "), "{table}");
+    let stats: Value = serde_json::from_str(&state.ok("stats --format json")?)?;
+    assert_eq!(stats[0]["name"], "web");
+    assert!(stats[0]["memory_resident_bytes"].as_u64() > Some(4 << 20), "{stats}");
+    assert!(stats[0]["disk_read_bytes_per_second"].is_u64() && stats[0]["cpus"].is_f64(), "{stats}");
     assert!(state.refused("rm web", 1)?.contains("vmm stop web"));
 
     let waiter = state.start("wait web")?;
@@ -184,6 +188,7 @@ fn exit_statuses_pass_on_and_nothing_stays_that_shall_not() -> Result<()> {
     assert!(state.refused("run --detach --name nowhere --no-rootfs --kernel none", 1)?.contains("'none'"));
     assert!(state.refused("run --detach --name a/b IDLE", 2)?.contains("letters, digits"));
     assert!(state.refused("attach nobody", 1)?.contains("vmm ps"));
+    assert!(state.output("ps")?.status.success());
     // In the foreground, too.
     assert!(state.ok("run --name here SHORT")?.contains("up"));
     assert!(state.refused("logs here", 1)?.contains("no log"));
@@ -224,7 +229,7 @@ fn what_is_killed_is_known_to_be_dead_and_can_be_removed() -> Result<()> {
     assert!(state.refused("wait b", 1)?.contains("was killed"));
     let states: Vec<_> = state.ps()?.iter().map(|row| row["state"].clone()).collect();
     assert_eq!(states, ["running", "killed", "running"]);
-    assert!(state.refused("pause b", 1)?.contains("cannot ask 'b'"));
+    assert!(state.refused("pause b", 1)?.contains("'b' has ended"));
     state.ok("kill b c")?;
     assert_eq!(state.output("wait c")?.status.code(), Some(0));
     state.ok("rm b c")?;
@@ -285,6 +290,63 @@ fn a_terminal_that_closes_does_not_end_what_runs_in_the_background() -> Result<(
         .stdout(Stdio::null())
         .status()?;
     assert_eq!(status.signal(), Some(1), "{status:?}");
+    assert_eq!(state.ps()?[0]["state"], "running");
+    Ok(())
+}
+
+#[test]
+fn a_wrong_name_is_told_and_nothing_else_is_meant_by_it() -> Result<()> {
+    let state = State::new()?;
+    for name in ["web", "web-2"] {
+        state.ok(&format!("run --detach --name {name} IDLE"))?;
+    }
+    for command in ["stop", "kill", "pause", "resume", "rm", "rm --force", "inspect", "stats --once", "wait"]
+    {
+        let said = state.refused(&format!("{command} wbe"), 1)?;
+        assert!(said.contains("no machine 'wbe'; did you mean 'web'?"), "{command}: {said}");
+        let said = state.refused(&format!("{command} we"), 1)?;
+        assert!(said.contains("could be any of web, web-2"), "{command}: {said}");
+        // An empty variable of a script is not the only machine.
+        let output = state.command(command).arg("").output()?;
+        assert_eq!(output.status.code(), Some(1), "{command}: {output:?}");
+    }
+    for device in ["a/b", "a b", "", "../x", "%"] {
+        let output = state.command("update web").args([device, "size=1M"]).output()?;
+        let said = String::from_utf8(output.stderr)?;
+        assert!(output.status.code() == Some(1) && said.contains("no name of a device"), "{said}");
+    }
+    // The others are served all the same, and each mistake is told.
+    let output = state.output("kill nobody web anybody web-2")?;
+    let said = String::from_utf8(output.stderr)?;
+    assert!(said.contains("'nobody'") && said.contains("'anybody'"), "{said}");
+    assert!(state.ps()?.iter().all(|row| row["state"] == "ended"));
+    for command in ["attach", "pause", "stats --once"] {
+        assert!(state.refused(&format!("{command} web"), 1)?.contains("'web' has ended"), "{command}");
+    }
+    Ok(())
+}
+
+#[test]
+fn who_does_not_read_any_more_ends_the_command_of_a_quiet_machine() -> Result<()> {
+    let state = State::new()?;
+    state.ok("run --detach --name quiet IDLE")?;
+    state.expect_log("quiet", "up")?;
+    for command in ["logs -f quiet", "stats quiet", "attach quiet"] {
+        let mut child = state.start(command)?;
+        drop(child.stdout.take());
+        assert_eq!(child.wait()?.code(), Some(141), "{command}");
+    }
+    for command in ["logs quiet", "logs -f quiet", "stats quiet", "ps", "inspect quiet"] {
+        let full = std::fs::File::options().write(true).open("/dev/full")?;
+        let output = state.command(command).stdout(full).output()?;
+        assert_eq!(output.status.code(), Some(1), "{command}: {output:?}");
+    }
+    // Keys that are pressed end nothing but the command.
+    for command in ["logs -f quiet", "stats quiet", "attach quiet", "wait quiet"] {
+        let mut child = state.start(command)?;
+        kill_process(Pid::from_child(&child), Signal::INT)?;
+        assert_eq!(child.wait()?.signal(), Some(2), "{command}");
+    }
     assert_eq!(state.ps()?[0]["state"], "running");
     Ok(())
 }

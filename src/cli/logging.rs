@@ -13,7 +13,7 @@ use crate::api::firecracker::types::{LogLevel, Logger};
 use crate::api::{SetLogger, open_sink};
 
 use crate::exit::UsageError;
-use crate::terminal::Stderr;
+use crate::terminal::{Stderr, shows_colours};
 
 /// Variable that sets the level when no flag does.
 const VARIABLE: &str = "VMM_LOG";
@@ -27,8 +27,7 @@ pub fn start(verbose: u8, quiet: bool) -> Result<(), UsageError> {
         (false, 2) => LevelFilter::DEBUG,
         (false, _) => LevelFilter::TRACE,
     };
-    let colours =
-        std::io::IsTerminal::is_terminal(&std::io::stderr()) && std::env::var_os("NO_COLOR").is_none();
+    let colours = shows_colours(&std::io::stderr());
     let subscriber =
         tracing_subscriber::fmt().with_max_level(level).with_ansi(colours).with_writer(|| Stderr);
     // Only one of the process's threads is here, and only once.

@@ -1,24 +1,30 @@
 //! The commands for machines with a name: one `vmm run` each, which these find by its directory and ask by its API.
 
-use std::io::{IsTerminal, Read, Write};
+mod stats;
+
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use axum::http::Method;
 use clap::{Args, Subcommand, ValueEnum};
+use clap_complete::ArgValueCandidates;
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::stdio::stdin;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::print;
+use super::{completion, print};
 use crate::api::own::Inspection;
 use crate::exit::ExitStatus;
 use crate::machines::{Machine, StateDir, client, find_alive, log};
-use crate::terminal::{KeyCommand, Keys, Terminal};
+use crate::session::pause;
+use crate::terminal::{self, KeyCommand, Keys, Terminal};
 
 /// How long a machine that was killed may take to be gone.
 const KILL_GRACE: Duration = Duration::from_secs(5);
@@ -42,6 +48,7 @@ impl StateArgs {
 #[derive(Args, Clone, Debug)]
 pub struct One {
     /// The machine's name, or what is unique of its beginning
+    #[arg(add = ArgValueCandidates::new(completion::machines))]
     name: String,
     #[command(flatten)]
     state: StateArgs,
@@ -61,7 +68,7 @@ impl One {
 #[derive(Args, Clone, Debug)]
 pub struct Several {
     /// The machines' names, or what is unique of their beginnings
-    #[arg(required = true, value_name = "NAME")]
+    #[arg(required = true, value_name = "NAME", add = ArgValueCandidates::new(completion::machines))]
     names: Vec<String>,
     #[command(flatten)]
     state: StateArgs,
@@ -154,16 +161,7 @@ pub enum MachineCommand {
         #[command(flatten)]
         machine: One,
     },
-    /// Show what machines take of the host
-    Stats {
-        /// Only these
-        names: Vec<String>,
-        /// Print once and end
-        #[arg(long)]
-        once: bool,
-        #[command(flatten)]
-        state: StateArgs,
-    },
+    Stats(stats::StatsArgs),
     /// Wait until a machine has ended, and end with its exit status
     Wait {
         #[command(flatten)]
@@ -201,7 +199,7 @@ pub fn run(command: &MachineCommand) -> anyhow::Result<ExitStatus> {
             state.remove(machine)
         }),
         MachineCommand::Inspect { machine } => inspect(&machine.find()?),
-        MachineCommand::Stats { names, once, state } => stats(&state.open()?, names, *once),
+        MachineCommand::Stats(args) => stats::run(args),
         MachineCommand::Wait { machine } => wait(&machine.find()?),
         MachineCommand::Update { machine, device, changes } => {
             update(&machine.find_alive()?, device, changes)
@@ -221,6 +219,18 @@ struct Row {
     memory_resident_bytes: Option<u64>,
     exit_status: Option<u8>,
     reason: Option<String>,
+}
+
+impl Row {
+    /// How a terminal shows it: what has ended is faint, what is wrong is red.
+    fn colour(&self) -> Option<u8> {
+        match self.state.as_str() {
+            "paused" => Some(33),
+            "ended" => Some(2),
+            "killed" | "unknown" => Some(31),
+            _ => None,
+        }
+    }
 }
 
 fn row(machine: &Machine) -> Row {
@@ -262,10 +272,9 @@ fn ps(state: &StateDir, format: Format) -> anyhow::Result<ExitStatus> {
         threads.into_iter().filter_map(|thread| thread.join().ok()).collect()
     });
     if format == Format::Json {
-        let mut json = serde_json::to_vec_pretty(&rows)?;
-        json.push(b'\n');
-        return print(&json);
+        return print_json(&rows);
     }
+    let colours: Vec<Option<u8>> = rows.iter().map(Row::colour).collect();
     let mut table = vec![["NAME", "STATE", "PID", "CPUS", "MEMORY", "RESIDENT"].map(String::from)];
     for row in rows {
         let state = match (row.exit_status, row.reason) {
@@ -282,7 +291,21 @@ fn ps(state: &StateDir, format: Format) -> anyhow::Result<ExitStatus> {
             shown(row.memory_resident_bytes.map(mib)),
         ]);
     }
-    print(columns(&table).as_bytes())
+    let text = columns(&table);
+    if !terminal::shows_colours(&std::io::stdout()) {
+        return print(text.as_bytes());
+    }
+    let painted = text.lines().zip([None].into_iter().chain(colours)).map(|(line, colour)| match colour {
+        Some(colour) => format!("\x1b[{colour}m{line}\x1b[0m\n"),
+        None => format!("{line}\n"),
+    });
+    print(painted.collect::<String>().as_bytes())
+}
+
+fn print_json(value: &impl Serialize) -> anyhow::Result<ExitStatus> {
+    let mut json = serde_json::to_vec_pretty(value)?;
+    json.push(b'\n');
+    print(&json)
 }
 
 fn mib(bytes: u64) -> String {
@@ -305,8 +328,11 @@ fn ask_inspection(machine: &Machine) -> anyhow::Result<Inspection> {
 }
 
 fn logs(machine: &Machine, follow: bool) -> anyhow::Result<ExitStatus> {
-    let alive = || machine.is_alive();
-    let follow: Option<&dyn Fn() -> bool> = if follow { Some(&alive) } else { None };
+    let more = |time| match pause(time, None) {
+        true => Err(std::io::ErrorKind::BrokenPipe.into()),
+        false => Ok(machine.is_alive()),
+    };
+    let follow: Option<log::Follow<'_>> = if follow { Some(&more) } else { None };
     match log::copy(&machine.log(), &mut std::io::stdout().lock(), follow) {
         Ok(()) => Ok(ExitStatus::Success),
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitStatus::SIGPIPE),
@@ -357,11 +383,25 @@ fn attach(machine: &Machine) -> anyhow::Result<ExitStatus> {
     })?;
     let mut reader = stream;
     let mut buf = [0; 16 << 10];
-    while let Ok(n @ 1..) = reader.read(&mut buf) {
-        crate::session::write_all(rustix::stdio::stdout(), &buf[..n])?;
-    }
+    let ended = loop {
+        // A guest may be quiet for long.
+        if pause(Duration::MAX, Some(reader.as_fd())) {
+            break Err(Errno::PIPE);
+        }
+        match reader.read(&mut buf) {
+            Ok(n @ 1..) => match crate::session::write_all(rustix::stdio::stdout(), &buf[..n]) {
+                Ok(()) => {}
+                Err(error) => break Err(error),
+            },
+            _ => break Ok(()),
+        }
+    };
     drop(terminal);
-    Ok(ExitStatus::Success)
+    match ended {
+        Ok(()) => Ok(ExitStatus::Success),
+        Err(Errno::PIPE) => Ok(ExitStatus::SIGPIPE),
+        Err(error) => Err(super::cannot_write(&error.into())),
+    }
 }
 
 /// Ends the machine: by its API, with so many seconds for the guest to shut down, and if that does not help, by a signal.
@@ -385,6 +425,7 @@ fn stop(machine: &Machine, seconds: u64) -> anyhow::Result<()> {
 }
 
 fn set_state(machine: &Machine, state: &str) -> anyhow::Result<()> {
+    ensure!(machine.is_alive(), "'{}' has ended", machine.name);
     client::ask(machine, Method::PATCH, "/vm", Some(&json!({ "state": state }))).map(drop)
 }
 
@@ -393,9 +434,7 @@ fn inspect(machine: &Machine) -> anyhow::Result<ExitStatus> {
         true => client::ask(machine, Method::GET, "/vmm/v1/inspect", None)?,
         false => serde_json::to_value(row(machine))?,
     };
-    let mut json = serde_json::to_vec_pretty(&value)?;
-    json.push(b'\n');
-    print(&json)
+    print_json(&value)
 }
 
 fn wait(machine: &Machine) -> anyhow::Result<ExitStatus> {
@@ -408,6 +447,13 @@ fn wait(machine: &Machine) -> anyhow::Result<ExitStatus> {
 }
 
 fn update(machine: &Machine, device: &str, changes: &[String]) -> anyhow::Result<ExitStatus> {
+    // It becomes a part of a path.
+    let named = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
+    ensure!(
+        !device.is_empty() && device.bytes().all(named),
+        "'{device}' is no name of a device; 'vmm inspect {}' lists them",
+        machine.name
+    );
     let mut patch = Map::new();
     for change in changes {
         let (key, value) = change.split_once('=').unwrap_or((change, ""));
@@ -424,67 +470,4 @@ fn update(machine: &Machine, device: &str, changes: &[String]) -> anyhow::Result
     }
     client::ask(machine, Method::PATCH, &format!("/vmm/v1/devices/{device}"), Some(&patch.into()))?;
     Ok(ExitStatus::Success)
-}
-
-/// What `vmm stats` compares between two looks.
-#[derive(Clone, Default)]
-struct Sample {
-    cpu_micros: u64,
-    resident: u64,
-    /// Bytes to and from the guest of disks, then of networks.
-    bytes: [u64; 2],
-}
-
-impl Sample {
-    fn of(inspection: &Inspection) -> Self {
-        let usage = inspection.usage.as_ref();
-        let bytes = |kind: &str| {
-            let devices = inspection.devices.iter().filter(|device| device.kind == kind);
-            let both = ["bytes_to_guest", "bytes_from_guest"];
-            devices.flat_map(|device| both.iter().filter_map(|name| device.counters.get(*name))).sum()
-        };
-        Self {
-            cpu_micros: usage.map_or(0, |usage| usage.vcpu_micros.iter().sum::<u64>() + usage.device_micros),
-            resident: usage.map_or(0, |usage| usage.memory_resident_bytes),
-            bytes: [bytes("disk"), bytes("net")],
-        }
-    }
-}
-
-fn stats(state: &StateDir, names: &[String], once: bool) -> anyhow::Result<ExitStatus> {
-    const INTERVAL: Duration = Duration::from_secs(1);
-    let mut before: Vec<(String, Sample)> = Vec::new();
-    let mut first = true;
-    loop {
-        let machines: Vec<Machine> = match names {
-            [] => state.list()?,
-            names => names.iter().map(|name| state.find(name)).collect::<anyhow::Result<_>>()?,
-        };
-        let alive = machines.iter().filter(|machine| machine.is_alive());
-        let samples: Vec<(String, Sample)> = alive
-            .filter_map(|machine| Some((machine.name.clone(), Sample::of(&ask_inspection(machine).ok()?))))
-            .collect();
-        if !first {
-            let mut table = vec![["NAME", "CPU", "RESIDENT", "DISK/S", "NET/S"].map(String::from)];
-            for (name, now) in &samples {
-                let old = before.iter().find(|(other, _)| other == name).map_or(now, |(_, old)| old);
-                let cpu = now.cpu_micros.saturating_sub(old.cpu_micros) as f64 / INTERVAL.as_micros() as f64;
-                let rate = |i: usize| mib(now.bytes[i].saturating_sub(old.bytes[i]));
-                table.push([
-                    name.clone(),
-                    format!("{:.1}%", cpu * 100.0),
-                    mib(now.resident),
-                    rate(0),
-                    rate(1),
-                ]);
-            }
-            let clear = if !once && std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "" };
-            let printed = print(format!("{clear}{}", columns(&table)).as_bytes())?;
-            if once || printed != ExitStatus::Success {
-                return Ok(printed);
-            }
-        }
-        (before, first) = (samples, false);
-        thread::sleep(INTERVAL);
-    }
 }

@@ -20,12 +20,13 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use vmm_core::{BuildError, config::ConfigError};
 
 pub use crate::exit::ExitStatus;
-use crate::exit::UsageError;
+use crate::exit::{self, UsageError};
 pub(crate) use run::root_disk;
 
 /// A minimal hypervisor: a VM as small, as fast and as pleasant as a container, with a kernel of its own.
 #[derive(Parser)]
-#[command(name = "vmm", version, max_term_width = 110, after_help = EXAMPLES)]
+#[command(name = "vmm", version, max_term_width = 110)]
+#[command(after_help = EXAMPLES, after_long_help = format!("{EXAMPLES}\n\n{}", exit::COMMANDS_HELP))]
 #[command(subcommand_required = true, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
@@ -56,6 +57,10 @@ pub fn main(start: Instant) -> ExitStatus {
     let mut arguments = std::env::args_os();
     if arguments.next().is_some_and(|program| api::is_firecracker(program.as_ref())) {
         return finish(api::firecracker(start));
+    }
+    match completion::answer() {
+        Ok(false) => {}
+        answered => return finish(answered.map(|_| ExitStatus::Success)),
     }
     let arguments = std::env::args_os();
     let result = match Cli::command().try_get_matches_from(arguments).and_then(|m| Cli::from_arg_matches(&m))

@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::Duration;
 
 /// Bytes of one file.
@@ -65,15 +64,20 @@ impl Log {
     }
 }
 
-/// Copies the log at `path` to `out`. With `follow`, goes on with what comes, for as long as it is true.
-pub fn copy(path: &Path, out: &mut impl Write, follow: Option<&dyn Fn() -> bool>) -> io::Result<()> {
+/// Waits for so long and says whether more may come.
+pub type Follow<'a> = &'a dyn Fn(Duration) -> io::Result<bool>;
+
+/// Copies the log at `path` to `out`. With `follow`, goes on with what comes, for as long as it says so.
+pub fn copy(path: &Path, out: &mut impl Write, follow: Option<Follow<'_>>) -> io::Result<()> {
     if let Ok(mut file) = File::open(older(path)) {
         io::copy(&mut file, out)?;
     }
     let mut file = File::open(path)?;
+    let mut pause = Duration::ZERO;
     loop {
         // Asked before reading: what was written before the end is not missed.
-        let more = follow.is_some_and(|follow| follow());
+        let more = follow.map_or(Ok(false), |follow| follow(pause))?;
+        pause = Duration::ZERO;
         io::copy(&mut Read::by_ref(&mut file), out)?;
         out.flush()?;
         let Ok(now) = fs::metadata(path) else { return Ok(()) };
@@ -87,13 +91,15 @@ pub fn copy(path: &Path, out: &mut impl Write, follow: Option<&dyn Fn() -> bool>
         } else if !more {
             return Ok(());
         } else {
-            thread::sleep(FOLLOW_INTERVAL);
+            pause = FOLLOW_INTERVAL;
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
 
     #[test]
@@ -121,7 +127,10 @@ mod tests {
             let (path, done) = (path.clone(), done.clone());
             move || {
                 let mut out = Vec::new();
-                let follow = || !done.load(std::sync::atomic::Ordering::Acquire);
+                let follow = |pause| {
+                    thread::sleep(pause);
+                    Ok(!done.load(std::sync::atomic::Ordering::Acquire))
+                };
                 copy(&path, &mut out, Some(&follow)).map(|()| out)
             }
         });

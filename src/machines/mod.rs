@@ -24,9 +24,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use rustix::fs::FileType;
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-
-use crate::exit::UsageError;
 
 /// Longest name of a machine in bytes; with it, the path of its sockets has to fit into a socket's address.
 const NAME_MAX: usize = 32;
@@ -70,20 +70,33 @@ pub struct Machine {
 
 impl StateDir {
     /// The directory at `path`, or the user's: `$XDG_RUNTIME_DIR/vmm`, or `/run/vmm` for root, or one below `/tmp`.
-    /// It is made if it is not there.
+    /// It is made with the first machine.
     pub fn open(path: Option<&Path>) -> anyhow::Result<Self> {
-        let path = path.map_or_else(default_path, Path::to_owned);
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&path);
-        made.with_context(|| format!("cannot make the state directory '{}'", path.display()))?;
-        // Below /tmp, somebody else may have made it first.
-        let owner = rustix::fs::stat(&path)?.st_uid;
-        let me = rustix::process::geteuid();
-        let shown = path.display();
-        ensure!(
-            owner == me.as_raw(),
-            "the state directory '{shown}' belongs to somebody else; pass --state-dir PATH"
-        );
-        Ok(Self(path))
+        let state = Self(path.map_or_else(default_path, Path::to_owned));
+        state.check_owner()?;
+        Ok(state)
+    }
+
+    /// Below /tmp, somebody else may have made it first.
+    fn check_owner(&self) -> anyhow::Result<()> {
+        let shown = self.0.display();
+        let me = rustix::process::geteuid().as_raw();
+        match rustix::fs::stat(&self.0) {
+            Ok(stat) if !FileType::from_raw_mode(stat.st_mode).is_dir() => {
+                bail!("the state directory '{shown}' is a file; pass --state-dir PATH")
+            }
+            Ok(stat) if stat.st_uid != me => {
+                bail!("the state directory '{shown}' belongs to somebody else; pass --state-dir PATH")
+            }
+            Ok(_) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(error).with_context(|| format!("cannot use the state directory '{shown}'")),
+        }
+    }
+
+    fn make(&self) -> anyhow::Result<()> {
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.0);
+        made.with_context(|| format!("cannot make the state directory '{}'", self.0.display()))?;
+        self.check_owner()
     }
 
     fn lock(&self) -> io::Result<File> {
@@ -94,6 +107,7 @@ impl StateDir {
 
     /// Takes `name` for a machine of this process. Nothing of it stays unless [`Registered::keep`] is called.
     pub fn register(&self, name: &str) -> anyhow::Result<Registered> {
+        self.make()?;
         let _guard = self.lock()?;
         let machine = Machine { name: name.into(), dir: self.0.join(name) };
         match fs::DirBuilder::new().mode(0o700).create(&machine.dir) {
@@ -120,7 +134,11 @@ impl StateDir {
     /// All machines, by name.
     pub fn list(&self) -> anyhow::Result<Vec<Machine>> {
         let mut machines = Vec::new();
-        for entry in fs::read_dir(&self.0)? {
+        let entries = match fs::read_dir(&self.0) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(machines),
+            entries => entries.with_context(|| format!("cannot read '{}'", self.0.display()))?,
+        };
+        for entry in entries {
             let entry = entry?;
             if let Ok(name) = entry.file_name().into_string()
                 && check_name(&name).is_ok()
@@ -139,11 +157,15 @@ impl StateDir {
         if let Some(exact) = machines.iter().find(|machine| machine.name == name) {
             return Ok(exact.clone());
         }
-        let matching: Vec<&Machine> =
-            machines.iter().filter(|machine| machine.name.starts_with(name)).collect();
+        // Everything begins with nothing, which is more likely a script's mistake.
+        let begins = |machine: &&Machine| !name.is_empty() && machine.name.starts_with(name);
+        let matching: Vec<&Machine> = machines.iter().filter(begins).collect();
         match matching[..] {
             [one] => Ok(one.clone()),
-            [] => bail!("there is no machine '{name}'; 'vmm ps' lists them"),
+            [] => match similar(name, &machines) {
+                Some(similar) => bail!("there is no machine '{name}'; did you mean '{similar}'?"),
+                None => bail!("there is no machine '{name}'; 'vmm ps' lists them"),
+            },
             _ => {
                 let names: Vec<_> = matching.iter().map(|machine| machine.name.as_str()).collect();
                 bail!("'{name}' could be any of {}", names.join(", "))
@@ -161,6 +183,14 @@ impl StateDir {
         );
         fs::remove_dir_all(&machine.dir).with_context(|| format!("cannot remove '{}'", machine.dir.display()))
     }
+}
+
+/// The name that was meant, perhaps: a mistake for every three letters.
+fn similar<'a>(name: &str, machines: &'a [Machine]) -> Option<&'a str> {
+    let mistakes = |other: &Machine| strsim::damerau_levenshtein(name, &other.name);
+    let nearest = machines.iter().min_by_key(|machine| mistakes(machine))?;
+    let letters = name.chars().count();
+    (mistakes(nearest) <= (letters / 3).max(1) && mistakes(nearest) < letters).then_some(&nearest.name)
 }
 
 fn default_path() -> PathBuf {
@@ -303,7 +333,7 @@ pub fn find_alive(state: &StateDir, name: &str) -> anyhow::Result<Machine> {
     let machine = state.find(name)?;
     match machine.is_alive() {
         true => Ok(machine),
-        false => Err(UsageError(format!("'{}' has ended", machine.name)).into()),
+        false => bail!("'{}' has ended", machine.name),
     }
 }
 
@@ -351,7 +381,9 @@ mod tests {
         assert_eq!(find("web"), Ok("web".into()));
         assert_eq!(find("web-"), Ok("web-2".into()));
         assert_eq!(find("w"), Err("'w' could be any of web, web-2".into()));
+        assert_eq!(find("wbe"), Err("there is no machine 'wbe'; did you mean 'web'?".into()));
         assert!(find("x").unwrap_err().contains("vmm ps"));
+        assert!(find("").unwrap_err().contains("vmm ps"), "nothing is no name");
     }
 
     #[test]

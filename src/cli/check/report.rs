@@ -1,5 +1,6 @@
 //! A report on the host, for people and for programs.
 
+use crate::terminal::shows_colours;
 use std::fmt::Write;
 use std::io::IsTerminal;
 
@@ -77,7 +78,7 @@ impl Style {
         let locale = ["LC_ALL", "LC_CTYPE", "LANG"].iter().filter_map(|name| std::env::var(name).ok());
         let charset = locale.filter(|value| !value.is_empty()).map(|value| value.to_uppercase()).next();
         let utf8 = charset.is_some_and(|charset| charset.contains("UTF-8") || charset.contains("UTF8"));
-        Self { signs: terminal && utf8, colours: terminal && std::env::var_os("NO_COLOR").is_none() }
+        Self { signs: terminal && utf8, colours: shows_colours(&std::io::stdout()) }
     }
 
     fn mark(self, ok: bool) -> String {

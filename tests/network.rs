@@ -217,6 +217,33 @@ fn a_new_tap_has_addresses_and_is_gone_in_the_end() -> Result<()> {
     Ok(())
 }
 
+/// Runs the rest with a tap, and metadata from a file with this content.
+const WITH_METADATA: &str = r#"file=$(mktemp) && printf %s "$1" > $file && shift && "$@" --net tap=tap0,metadata=$file; status=$?; rm $file; exit $status"#;
+
+#[test]
+fn a_guest_asks_for_metadata_at_an_address_that_is_nowhere_else() -> Result<()> {
+    let net = namespace()?;
+    let long = "0123456789".repeat(10_000);
+    let data = format!(r#"{{"latest": {{"meta-data": {{"name": "web", "long": "{long}"}}}}}}"#);
+    let run = Guest::new()
+        .within(&net)
+        .through(&["sh", "-c", WITH_METADATA, "sh", &data])
+        .append("ip=10.77.0.2::10.77.0.1:255.255.255.0::eth0:off")
+        .shell(
+            "u=http://169.254.169.254/latest; get() { wget -qO- $@; echo; }; \
+             get $u/meta-data/name; ip route add 169.254.169.254 dev eth0; get $u/meta-data/; \
+             get --header Accept:application/json $u/meta-data/name; get $u/meta-data/long | wc -c; \
+             get $u/nothing 2>&1; ping -c 1 -W 9 10.77.0.1 && echo pinged",
+        )
+        .run()?;
+    let run = run.ok()?;
+    for line in ["web", "long", "name", "\"web\"", "100001", "pinged"] {
+        run.expect_line(line)?;
+    }
+    ensure!(run.console.contains("404 Not Found"), "{}", run.console);
+    Ok(())
+}
+
 /// Opens tap0 as descriptor 9, and runs the rest.
 const WITH_TAP: &str = r#"open F, "+<", "/dev/net/tun" or die; $r = pack "Z16 s x22", "tap0", 0x5002; ioctl F, 0x400454ca, $r or die;
     use POSIX; POSIX::dup2(fileno F, 9) or die; exec @ARGV or die"#;

@@ -31,7 +31,7 @@ pub struct Buffers<'m> {
     len: usize,
 }
 
-/// What [`Buffers::read_datagram`] read.
+/// A datagram that was put into buffers.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Datagram {
     /// Its length.
@@ -99,9 +99,32 @@ impl<'m> Buffers<'m> {
         })
     }
 
+    /// Copies bytes out to `buf` and consumes nothing; returns how many there were.
+    pub fn peek(&self, buf: &mut [u8]) -> usize {
+        let mut done = 0;
+        for slice in &self.slices[self.first..] {
+            let take = slice.len().min(buf.len() - done);
+            slice.copy_to(&mut buf[done..done + take]);
+            done += take;
+        }
+        done
+    }
+
     /// Copies bytes in from `buf`; returns how many there was room for.
     pub fn write(&mut self, buf: &[u8]) -> usize {
         self.consume(buf.len(), |slice, done| slice.copy_from(&buf[done..done + slice.len()]))
+    }
+
+    /// Copies a datagram in that is in `parts`: into the buffers as far as they go, the rest into `spill`.
+    pub fn write_parts(&mut self, parts: &[&[u8]], spill: &mut [u8]) -> Datagram {
+        let (mut len, mut left) = (0, 0);
+        for part in parts {
+            let rest = &part[self.write(part)..];
+            spill[left..left + rest.len()].copy_from_slice(rest);
+            len += part.len();
+            left += rest.len();
+        }
+        Datagram { len, left: 0..left }
     }
 
     /// Copies a plain value out; `None`, and nothing consumed, when there are too few bytes.
@@ -328,7 +351,7 @@ impl Held {
 
     /// Copies bytes out to `buf` and consumes nothing; returns how many there were.
     pub fn peek(&self, buf: &mut [u8]) -> usize {
-        self.buffers.clone().read(buf)
+        self.buffers.peek(buf)
     }
 
     /// See [`Buffers::zero`].

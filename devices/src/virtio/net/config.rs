@@ -7,6 +7,9 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 use serde::{Serialize, Serializer};
 
 use super::link::Link;
+use super::mmds::Metadata;
+#[cfg(any(test, feature = "specimen"))]
+use super::mmds::Mmds;
 use super::stream::Stream;
 use super::{Boot, MacAddr, Net, Publish, Setup, passt, tap};
 use crate::model::{DeviceKind, MachineShape, OpenError, VirtioDevice};
@@ -49,6 +52,9 @@ pub struct Config {
     /// Queue pairs, 1 to 16; one if it is left out. The tap has as many queues.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queues: Option<u8>,
+    /// What the guest can ask for at an address of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata: Option<Metadata>,
     /// Most bytes in a time that the guest receives.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rx_bandwidth: Option<TokenBucket>,
@@ -184,10 +190,12 @@ impl Config {
 impl DeviceKind for Config {
     const NAME: &'static str = "net";
     const SYNTAX: &'static str = "user[,publish=[ADDR:]PORT:GUEST_PORT[/udp]]...|tap[=NAME]|fd=N[,mac=ADDRESS]\
-                                  [,mac_check][,mtu=BYTES][,queues=N]\
+                                  [,mac_check][,mtu=BYTES][,queues=N][,metadata=FILE]\
                                   [,rx_bandwidth=|rx_ops=|tx_bandwidth=|tx_ops=LIMIT]...[,id=NAME]";
     const HELP: &'static str =
         "A network interface: through passt without root, on a tap, or on a new tap as root";
+
+    const LIVE: &'static [&'static str] = &["metadata"];
 
     fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         let (backend, pairs) = self.backend().map_err(Self::refused)?;
@@ -202,13 +210,10 @@ impl DeviceKind for Config {
                     mask: passt::MASK,
                     dns: Some(passt::DNS),
                 };
-                let setup = Setup {
-                    mac,
-                    mtu: self.mtu.or(Some(USER_MTU)),
-                    mac_check: self.mac_check,
-                    boot: Some(boot),
-                };
-                return Ok(Box::new(Net::new(vec![Link::Stream(Stream::new(socket))], setup, Some(passt))));
+                let mtu = self.mtu.or(Some(USER_MTU));
+                let setup = Setup { mac, mtu, mac_check: self.mac_check, boot: Some(boot) };
+                let net = Net::new(vec![Link::Stream(Stream::new(socket))], setup, Some(passt));
+                return Ok(Box::new(net.with_metadata(self.metadata.as_ref())?));
             }
             Backend::NewTap => {
                 let (taps, ends) = tap::make(pairs, self.mtu)?;
@@ -222,7 +227,7 @@ impl DeviceKind for Config {
             }
         };
         let setup = Setup { mac, mtu: self.mtu, mac_check: self.mac_check, boot };
-        Ok(Box::new(Net::new(links, setup, None)))
+        Ok(Box::new(Net::new(links, setup, None).with_metadata(self.metadata.as_ref())?))
     }
 
     fn id(&self) -> Option<&str> {
@@ -238,7 +243,8 @@ impl DeviceKind for Config {
         ]
     }
 
-    /// An interface with two queue pairs whose frames come back to it: sockets that are connected to themselves.
+    /// An interface with two queue pairs whose frames come back to it, sockets that are connected to themselves, and with
+    /// metadata.
     #[cfg(any(test, feature = "specimen"))]
     fn specimen() -> Box<dyn VirtioDevice> {
         use rustix::net::{AddressFamily, SocketAddrAny, SocketFlags, SocketType};
@@ -254,6 +260,7 @@ impl DeviceKind for Config {
         };
         let setup =
             Setup { mac: MacAddr::from_name("specimen"), mtu: Some(9000), mac_check: false, boot: None };
-        Box::new(Net::new(vec![link(), link()], setup, None))
+        let mmds = Mmds::seeded(Metadata::default(), setup.mtu, 0).expect("a timer");
+        Box::new(Net { mmds: Some(mmds), ..Net::new(vec![link(), link()], setup, None) })
     }
 }

@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use super::header::HEADER_BYTES;
+use super::rx::Source;
 use super::stream::Stream;
 use super::tap::Tap;
 use crate::virtio::buffers::{Buffers, Datagram};
@@ -39,27 +40,6 @@ impl Link {
         }
     }
 
-    /// How long the next datagram (header and frame) is, where that can be known.
-    pub fn next_len(&mut self) -> io::Result<Option<usize>> {
-        match self {
-            Self::Tap(_) => Ok(None),
-            Self::Stream(stream) => stream.next_len().map(Some),
-        }
-    }
-
-    /// Takes one frame from the host, behind a virtio-net header: into `room`, and into `spill` what does not fit.
-    pub fn receive(
-        &mut self,
-        header: &[u8; HEADER_BYTES],
-        room: &mut Buffers<'_>,
-        spill: &mut [u8],
-    ) -> io::Result<Datagram> {
-        match self {
-            Self::Tap(tap) => room.read_datagram(tap.fd(), spill),
-            Self::Stream(stream) => stream.receive(header, room, spill),
-        }
-    }
-
     /// Sends a frame. `head` is what was checked of it: its virtio-net header and its first bytes; `rest` follows.
     pub fn send(&mut self, head: &[u8], rest: &mut Buffers<'_>) -> io::Result<Sent> {
         let len = head.len() - HEADER_BYTES + rest.len();
@@ -90,5 +70,26 @@ impl Link {
     /// Nothing more comes from the host.
     pub fn is_down(&self) -> bool {
         matches!(self, Self::Stream(stream) if stream.is_down())
+    }
+}
+
+impl Source for Link {
+    fn next_len(&mut self) -> io::Result<Option<usize>> {
+        match self {
+            Self::Tap(_) => Ok(None),
+            Self::Stream(stream) => stream.next_len().map(Some),
+        }
+    }
+
+    fn receive(
+        &mut self,
+        header: &[u8; HEADER_BYTES],
+        room: &mut Buffers<'_>,
+        spill: &mut [u8],
+    ) -> io::Result<Datagram> {
+        match self {
+            Self::Tap(tap) => room.read_datagram(tap.fd(), spill),
+            Self::Stream(stream) => stream.receive(header, room, spill),
+        }
     }
 }

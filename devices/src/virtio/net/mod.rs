@@ -8,12 +8,14 @@ mod control;
 mod header;
 mod link;
 mod mac;
+pub mod mmds;
 pub mod passt;
 mod publish;
 mod rx;
 mod stream;
 mod tap;
 
+use std::any::Any;
 use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -28,12 +30,13 @@ use virtio_bindings::virtio_net::{
 use super::buffers::Buffers;
 use super::config_space::ConfigSpace;
 use super::queue::{MAX_CHAIN, Queues};
-use crate::model::{Counters, HostSource, Progress, VirtioDevice};
+use crate::model::{Counters, DeviceKind, HostSource, OpenError, Progress, UpdateError, VirtioDevice};
 use crate::throttle::LogLimit;
 pub use config::{Config, TapChoice};
 use header::{HEADER_BYTES, Offloads};
 use link::{Link, Sent};
 pub use mac::{MacAddr, MacError};
+use mmds::{Metadata, Mmds};
 use passt::Passt;
 pub use publish::{Protocol, Publish, PublishError};
 use rx::Receiver;
@@ -94,6 +97,8 @@ struct Net {
     queue_sizes: Vec<u16>,
     /// The driver knows of all pairs (VIRTIO_NET_F_MQ).
     multi_queue: bool,
+    /// Metadata that the guest can ask for.
+    mmds: Option<Mmds>,
     /// What the driver may send.
     offloads: Offloads,
     /// The end of datagrams for which too little room was made.
@@ -132,6 +137,7 @@ impl Net {
             setup,
             queue_sizes,
             multi_queue: false,
+            mmds: None,
             offloads: Offloads::default(),
             spill: vec![0; rx::MAX_DATAGRAM].into(),
             config,
@@ -140,6 +146,24 @@ impl Net {
             log: LogLimit::default(),
             _passt: passt,
         }
+    }
+
+    /// The same with this metadata, or with none.
+    fn with_metadata(mut self, metadata: Option<&Metadata>) -> Result<Self, OpenError> {
+        self.set_metadata(metadata)?;
+        Ok(self)
+    }
+
+    fn set_metadata(&mut self, metadata: Option<&Metadata>) -> Result<(), OpenError> {
+        match (&mut self.mmds, metadata) {
+            (Some(mmds), Some(metadata)) => mmds.update(metadata.clone()),
+            (_, None) => self.mmds = None,
+            (None, Some(metadata)) => {
+                let mmds = Mmds::new(metadata.clone(), self.setup.mtu);
+                self.mmds = Some(mmds.map_err(|error| Config::refused(format!("metadata: {error}")))?);
+            }
+        }
+        Ok(())
     }
 
     /// Virtio 1.3 §5.1.2: a driver without VIRTIO_NET_F_MQ knows of one pair, and the control queue is behind it.
@@ -186,7 +210,8 @@ impl Net {
         if self.pairs[pair].link.flush().is_err() {
             Counters::add(&self.counters.host_errors, 1);
         }
-        progress
+        let answered = self.answer(queues);
+        if progress == Progress::More { progress } else { answered }
     }
 
     /// Sends one frame. It is the host's now, or gone: nothing waits, as on any Ethernet, unless the host says so.
@@ -207,15 +232,33 @@ impl Net {
         if self.setup.mac_check && start[SOURCE] != self.setup.mac.bytes() {
             return Sent::Dropped;
         }
+        if let (Some(mmds), Some(ethernet)) = (&mut self.mmds, start.first_chunk())
+            && mmds.is_addressed(ethernet, &frame)
+        {
+            return mmds.take(ethernet, &mut frame);
+        }
         self.pairs[pair].link.send(&head, &mut frame).unwrap_or_else(|_| {
             Counters::add(&self.counters.host_errors, 1);
             Sent::Dropped
         })
     }
 
+    /// Gives the guest what the metadata service has for it.
+    fn answer(&mut self, queues: &mut Queues<'_>) -> Progress {
+        let waits = self.mmds.as_ref().is_some_and(Mmds::has_frames);
+        // The first pair is always in use.
+        if waits { self.receive(queues, 0) } else { Progress::Done }
+    }
+
     fn receive(&mut self, queues: &mut Queues<'_>, pair: usize) -> Progress {
         let Pair { link, receiver, .. } = &mut self.pairs[pair];
         let mut queue = queues.get(2 * pair as u16);
+        if let Some(mmds) = self.mmds.as_mut().filter(|mmds| pair == 0 && mmds.has_frames()) {
+            let progress = receiver.receive(mmds, &mut queue, &mut self.spill, &self.counters);
+            if mmds.has_frames() {
+                return progress;
+            }
+        }
         let progress = receiver.receive(link, &mut queue, &mut self.spill, &self.counters);
         if link.is_down() && !std::mem::replace(&mut self.down, true) {
             tracing::warn!("passt has ended, or no longer makes sense; the guest's network is down");
@@ -344,11 +387,18 @@ impl VirtioDevice for Net {
             token: i as u32,
             writable: matches!(pair.link, Link::Stream(_)),
         };
-        self.pairs.iter().enumerate().map(source).collect()
+        // Behind those of the pairs.
+        let token = self.pairs.len() as u32;
+        let timer = |mmds: &Mmds| HostSource { fd: mmds.timer(), token, writable: false };
+        self.pairs.iter().enumerate().map(source).chain(self.mmds.iter().map(timer)).collect()
     }
 
     fn host_event(&mut self, queues: &mut Queues<'_>, token: u32) -> Progress {
         let pair = token as usize;
+        if pair == self.pairs.len() {
+            self.mmds.iter_mut().for_each(Mmds::go_on);
+            return self.answer(queues);
+        }
         if !self.multi_queue && pair > 0 {
             return Progress::Done;
         }
@@ -357,7 +407,13 @@ impl VirtioDevice for Net {
         if sent == Progress::More { sent } else { received }
     }
 
+    fn update(&mut self, config: &dyn Any) -> Result<(), UpdateError> {
+        let Some(config) = config.downcast_ref::<Config>() else { return Ok(()) };
+        Ok(self.set_metadata(config.metadata.as_ref())?)
+    }
+
     fn reset(&mut self) {
+        self.mmds.iter_mut().for_each(Mmds::reset);
         self.offloads = Offloads::default();
         self.multi_queue = false;
         self.pairs.iter_mut().for_each(|pair| pair.waits = false);

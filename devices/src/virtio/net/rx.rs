@@ -1,19 +1,32 @@
 //! The receiving half of a queue pair: from the host into the buffers that the driver made available.
 
 use std::collections::VecDeque;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 
 use virtio_bindings::virtio_net::VIRTIO_NET_HDR_F_DATA_VALID;
 
 use super::header::{HEADER_BYTES, NUM_BUFFERS};
-use super::link::Link;
 use super::{MAX_FRAME, MAX_PER_CALL};
 use crate::model::{Counters, Progress};
-use crate::virtio::buffers::Buffers;
+use crate::virtio::buffers::{Buffers, Datagram};
 use crate::virtio::queue::{Chain, MAX_CHAIN, VirtQueue};
 
 /// Longest datagram from the host.
 pub const MAX_DATAGRAM: usize = HEADER_BYTES + MAX_FRAME;
+
+/// Where frames for the guest come from.
+pub trait Source {
+    /// How long the next datagram (header and frame) is, where that can be known.
+    fn next_len(&mut self) -> io::Result<Option<usize>>;
+
+    /// Takes one frame, behind a virtio-net header: into `room`, and into `spill` what does not fit.
+    fn receive(
+        &mut self,
+        header: &[u8; HEADER_BYTES],
+        room: &mut Buffers<'_>,
+        spill: &mut [u8],
+    ) -> io::Result<Datagram>;
+}
 
 /// What the receiving half remembers between calls.
 #[derive(Debug)]
@@ -93,7 +106,7 @@ impl Receiver {
     /// [`MAX_DATAGRAM`] bytes, for the end of datagrams that turn out longer than expected.
     pub fn receive(
         &mut self,
-        link: &mut Link,
+        link: &mut impl Source,
         queue: &mut VirtQueue<'_>,
         spill: &mut [u8],
         counters: &Counters,
@@ -152,7 +165,7 @@ impl Receiver {
     /// Moves one frame. Returns its length without the header, or `None` if it had to be dropped.
     fn receive_one<'m>(
         &mut self,
-        link: &mut Link,
+        link: &mut impl Source,
         mut room: Buffers<'m>,
         hand: &mut Hand<'_, 'm>,
         spill: &mut [u8],

@@ -96,13 +96,7 @@ impl Stream {
         let len = self.next_len()?;
         let from = self.start + LENGTH_BYTES;
         self.start = from + len - HEADER_BYTES;
-        let mut left = 0;
-        for part in [&header[..], &self.inbox[from..self.start]] {
-            let rest = &part[room.write(part)..];
-            spill[left..left + rest.len()].copy_from_slice(rest);
-            left += rest.len();
-        }
-        Ok(Datagram { len, left: 0..left })
+        Ok(room.write_parts(&[header, &self.inbox[from..self.start]], spill))
     }
 
     /// Reads once, with room for a frame of `wanted` bytes.

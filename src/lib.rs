@@ -34,6 +34,7 @@ pub mod cli;
 mod config_file;
 mod exit;
 mod images;
+mod logging;
 mod machines;
 mod session;
 mod signals;

@@ -124,8 +124,14 @@ fn a_guest_in_the_background_has_a_whole_life() -> Result<()> {
     state.ok("pause web")?;
     assert_eq!(state.ps()?[0]["state"], "paused");
     state.ok("resume web")?;
+    assert!(!state.ok("logs --vmm web")?.contains("balloon0"), "nobody wants to know");
+    state.ok("log-level web warn,vmm_core=info")?;
     state.ok("update web balloon0 size=32M")?;
+    let said = state.ok("logs --vmm web")?;
+    assert!(said.contains("vm{id=web}:thread{id=control}: vmm_core::event: balloon0 was changed"), "{said}");
+    assert!(state.refused("log-level web loud", 2)?.contains("MODULE=LEVEL"));
     let inspection: Value = serde_json::from_str(&state.ok("inspect web")?)?;
+    assert_eq!(inspection["log"], "vmm_core=info,warn");
     let balloon = inspection["config"]["devices"]
         .as_array()
         .and_then(|all| all.iter().find(|one| one["kind"] == "balloon"));

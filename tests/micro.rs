@@ -1,8 +1,9 @@
 //! Micro guests: a few bytes of machine code on real KVM that poke one device and report.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use harness::micro::Micro;
 use harness::{Guest, Kernel, Run};
+use serde_json::{Value, json};
 
 const VIRTIO: u32 = 0xd000_0000;
 
@@ -163,5 +164,37 @@ fn a_flood_of_mistakes_is_a_few_lines_of_a_log_that_tells_all() -> Result<()> {
     let lines = run.stderr.lines().filter(|line| line.contains("register that does not exist")).count();
     // A few at once, and then one in ten seconds.
     assert!((1..100).contains(&lines), "{lines} lines, such as {:?}", run.stderr.lines().last());
+    Ok(())
+}
+
+#[test]
+fn every_log_line_of_a_machine_says_where_it_comes_from() -> Result<()> {
+    let queue = 0x20_0000;
+    let broken = activate(Micro::new(), queue)
+        // More requests than the queue has room for.
+        .write16(queue + 0x1002, 1000)
+        .write32(VIRTIO + 0x50, 0)
+        .write32(VIRTIO + 0x18, 0)
+        .write32(VIRTIO + 0x70, 15)
+        // again: mov eax, [edi]; test al, 0x40; jz again — until DEVICE_NEEDS_RESET.
+        .raw(&[0x8b, 0x07, 0xa8, 0x40, 0x74, 0xfa]);
+    let kernel = Kernel::micro(&broken.print("end").reset())?;
+    let args = ["--no-balloon", "--log", "devices=debug,vmm_core=info", "--log-format", "json"];
+    let run = args.into_iter().fold(Guest::new().kernel(kernel), |guest, arg| guest.arg(arg)).run()?;
+    run.ok()?.expect_text("end")?;
+    let lines: Vec<Value> = run.stderr.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+    let line = |text: &str| {
+        let says = |line: &&Value| line["message"].as_str().is_some_and(|message| message.contains(text));
+        lines.iter().find(says).with_context(|| format!("no line with '{text}': {}", run.stderr))
+    };
+    let span = |name: &str, id: &str| json!({ "name": name, "id": id });
+    let vm = span("vm", "vmm");
+    assert_eq!(line("kernel loaded")?["spans"], json!([vm]));
+    assert_eq!(line("running")?["spans"], json!([vm, span("thread", "control")]));
+    assert_eq!(line("first exit")?["spans"], json!([vm, span("thread", "vcpu0")]));
+    let fault = line("broke a virtqueue")?;
+    assert_eq!(fault["spans"], json!([vm, span("thread", "virtio"), span("device", "rng0")]));
+    let odd = line("register that does not exist")?;
+    assert_eq!((&odd["spans"], &odd["device"]), (&json!([vm, span("thread", "vcpu0")]), &json!("rng0")));
     Ok(())
 }

@@ -58,6 +58,9 @@ pub trait Notifier: Send + Sync {
 /// The calls come from a vCPU thread and return when the owner has done them, so that a driver which reads
 /// the status back sees the truth.
 pub trait DeviceHost: Send + Sync {
+    /// What log lines call the device.
+    fn name(&self) -> &str;
+
     /// The driver set DRIVER_OK: start the device with these negotiated features and queues.
     fn activate(&self, features: u64, queues: &[QueueConfig]) -> Result<(), ActivateError>;
 

@@ -11,6 +11,7 @@ use vmm_core::{Vm, VmConfig, VmState};
 use super::firecracker::types::{FullConfiguration, Logger};
 use super::http::Refusal;
 use super::metrics::MetricsFile;
+use crate::logging::Logging;
 
 /// What the API asks of the thread that owns the session.
 pub enum Order {
@@ -25,9 +26,6 @@ pub enum Order {
     End(String),
 }
 
-/// Changes what the program logs, and where.
-pub type SetLogger = Box<dyn Fn(&Logger) -> Result<(), String> + Send + Sync>;
-
 /// What the calls of the API work on.
 pub struct Control {
     /// The machine's name.
@@ -35,7 +33,7 @@ pub struct Control {
     transport: Transport,
     state: Mutex<State>,
     orders: Sender<Order>,
-    set_logger: SetLogger,
+    logging: Arc<Logging>,
     metrics: MetricsFile,
 }
 
@@ -53,19 +51,19 @@ struct Started {
 
 impl Control {
     /// Controls a machine that is still to be configured: it is named `id` and reaches its devices by `transport`.
-    pub fn empty(id: &str, transport: Transport, orders: Sender<Order>, set_logger: SetLogger) -> Self {
+    pub fn empty(id: &str, transport: Transport, orders: Sender<Order>, logging: Arc<Logging>) -> Self {
         let state = Mutex::new(State { configuration: FullConfiguration::default(), started: None });
-        Self { id: id.into(), transport, state, orders, set_logger, metrics: MetricsFile::default() }
+        Self { id: id.into(), transport, state, orders, logging, metrics: MetricsFile::default() }
     }
 
     /// Controls a machine that is there already.
-    pub fn of(name: &str, vm: Arc<Vm>) -> Self {
+    pub fn of(name: &str, vm: Arc<Vm>, logging: Arc<Logging>) -> Self {
         let config = vm.config();
         let (configuration, transport) = (FullConfiguration::of(&config), config.transport);
         let state = Mutex::new(State { configuration, started: Some(Started::with_its_own_names(vm)) });
-        // Neither is used: what it takes is done before the start.
-        let (orders, set_logger) = (std::sync::mpsc::channel().0, Box::new(|_: &Logger| Ok(())));
-        Self { id: name.into(), transport, state, orders, set_logger, metrics: MetricsFile::default() }
+        // Not used: what it takes is done before the start.
+        let (orders, _) = std::sync::mpsc::channel();
+        Self { id: name.into(), transport, state, orders, logging, metrics: MetricsFile::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -160,10 +158,15 @@ impl Control {
         Ok(())
     }
 
+    /// What the program logs.
+    pub fn logging(&self) -> &Logging {
+        &self.logging
+    }
+
     /// Changes what is logged, and where.
     pub fn log(&self, logger: Logger) -> Result<(), Refusal> {
         self.configure(|configuration| {
-            (self.set_logger)(&logger).map_err(Refusal)?;
+            self.logging.set(&logger).map_err(Refusal)?;
             configuration.logger = Some(logger);
             Ok(())
         })

@@ -18,7 +18,8 @@ use anyhow::Context;
 use tokio::sync::oneshot;
 use vmm_core::devices::virtio::unix_listener::UnixListener;
 
-pub use control::{Control, Order, SetLogger};
+use crate::logging::{Form, Logging};
+pub use control::{Control, Order};
 use http::LAST_WORDS;
 pub use http::MAX_BODY;
 pub use metrics::open_sink;
@@ -60,6 +61,7 @@ impl Socket {
         let (end, wanted) = oneshot::channel();
         let (over, ended) = mpsc::channel();
         let work = move || {
+            let _entered = tracing::error_span!("thread", id = "api").entered();
             runtime.block_on(async {
                 match tokio::net::UnixListener::from_std(socket) {
                     Ok(listener) => http::serve(listener, router, wanted).await,
@@ -72,6 +74,7 @@ impl Socket {
         };
         thread::Builder::new().name("api".into()).spawn(work).context("cannot start the thread 'api'")?;
         let flush = move || {
+            let _entered = tracing::error_span!("thread", id = "metrics").entered();
             loop {
                 thread::sleep(FLUSH_INTERVAL);
                 if let Err(error) = control.metrics().flush(control.vm_if_started().as_deref()) {
@@ -95,7 +98,8 @@ fn calls(control: Arc<Control>, max_body: usize) -> http::Calls<Control> {
 #[must_use]
 pub fn open_api() -> String {
     let (orders, _) = std::sync::mpsc::channel();
-    let control = Control::empty("", vmm_core::config::Transport::Mmio, orders, Box::new(|_| Ok(())));
+    let (logging, _) = Logging::new(Form::Text);
+    let control = Control::empty("", vmm_core::config::Transport::Mmio, orders, logging.into());
     let document = calls(Arc::new(control), MAX_BODY).open_api("vmm");
     // OpenAPI's registry of formats knows them as `uint32` and `uint64`.
     document.to_pretty_json().unwrap_or_default().replace("\"u-int", "\"uint") + "\n"

@@ -41,6 +41,8 @@ pub struct Inspection {
     pub state: String,
     /// Microseconds from the start of the process to each milestone that is reached.
     pub milestones: BTreeMap<String, u64>,
+    /// What is logged: a level, or levels of modules.
+    pub log: String,
     /// The machine's configuration, with what was changed since.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub config: Option<Value>,
@@ -84,6 +86,14 @@ pub struct Stop {
     pub deadline_s: u64,
 }
 
+/// What is to be logged.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Log {
+    /// A level, or levels of modules: `warn,vmm_core=debug`.
+    pub filter: String,
+}
+
 /// Keys of a device's configuration and their new values; null takes one away.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[schema(value_type = Object)]
@@ -95,6 +105,7 @@ pub fn calls(calls: Calls<Control>) -> Calls<Control> {
     calls
         .call(Get, "/vmm/v1/inspect", "Everything about the machine at this moment", inspect)
         .call(Put, "/vmm/v1/stop", "Presses the power button, and kills the machine at the deadline", stop)
+        .call(Put, "/vmm/v1/log", "Changes which lines are logged, at any time", put_log)
         .call(Patch, "/vmm/v1/devices/{id}", "Changes a device of the running machine", patch_device)
         .raw(METRICS, "Metrics as Prometheus reads them", "text/plain", get(|| prometheus(for_metrics)))
         .raw(
@@ -113,6 +124,7 @@ fn inspect(control: &Control, _: Request<()>) -> Result<Json<Inspection>, Refusa
         pid: std::process::id(),
         state: vm.map_or("not started", |vm| vm.state().name()).into(),
         milestones: vm.map(milestones).unwrap_or_default(),
+        log: control.logging().filter(),
         config: vm.map(|vm| serde_json::to_value(vm.config())).transpose()?,
         usage: vm.and_then(|vm| vm.usage().ok()).map(|usage| Usage {
             vcpu_micros: usage.vcpus.iter().map(|time| time.as_micros() as u64).collect(),
@@ -154,6 +166,11 @@ fn stop(control: &Control, request: Request<Json<Stop>>) -> Result<(), Refusal> 
     // The answer must not wait: with the machine, this program ends.
     control.vm()?.request_stop(Duration::from_secs(seconds));
     Ok(())
+}
+
+fn put_log(control: &Control, request: Request<Json<Log>>) -> Result<(), Refusal> {
+    let filter = crate::logging::parse(&request.body.0.filter).map_err(Refusal)?;
+    control.logging().set_filter(filter).map_err(Refusal)
 }
 
 fn patch_device(control: &Control, request: Request<Json<DevicePatch>>) -> Result<(), Refusal> {

@@ -8,16 +8,18 @@ use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use clap::{ArgAction, Args, Parser};
+use tracing_subscriber::filter::Targets;
 use vmm_core::Vm;
 use vmm_core::config::Transport;
 use vmm_core::console::WhenFull;
 
-use super::{logging, run, say};
+use super::{run, say};
 use crate::api::firecracker::VERSION;
-use crate::api::firecracker::types::{FullConfiguration, LogLevel, Logger, Metrics};
+use crate::api::firecracker::types::{FullConfiguration, Logger, Metrics};
 use crate::api::strict;
 use crate::api::{Control, MAX_BODY, Order, Socket, open_api};
 use crate::exit::{ExitStatus, UsageError};
+use crate::logging::{Form, LogArgs, Logging};
 use crate::session::{self, Console, Manner, SignalThread};
 
 /// Serve the control API on a unix socket and wait for a machine to be configured
@@ -38,6 +40,9 @@ pub struct ApiArgs {
     #[arg(long, value_name = "TRANSPORT", value_parser = run::named::<Transport>(&["mmio", "pci"]), default_value = "mmio")]
     transport: Transport,
 
+    #[command(flatten)]
+    log: LogArgs,
+
     /// Print the API's description (OpenAPI) and end
     #[arg(long, exclusive = true)]
     open_api: bool,
@@ -54,13 +59,7 @@ pub fn run(args: &ApiArgs, start: Instant) -> anyhow::Result<ExitStatus> {
         id: args.id.clone(),
         transport: args.transport,
         max_body: MAX_BODY,
-        logger: Logger {
-            log_path: None,
-            level: LogLevel::Warn,
-            show_level: true,
-            show_log_origin: false,
-            module: None,
-        },
+        logging: Logging::start(&args.log, None)?,
         launch: None,
         metrics: None,
     };
@@ -164,18 +163,21 @@ pub fn firecracker(start: Instant) -> anyhow::Result<ExitStatus> {
         UsageError(format!("'{}' is no level; use Off, Trace, Debug, Info, Warn or Error", args.level))
     })?;
     let launch = args.config_file.as_deref().map(load).transpose()?;
+    let logger = Logger {
+        log_path: args.log_path,
+        level,
+        show_level: args.show_level,
+        show_log_origin: args.show_log_origin,
+        module: args.module,
+    };
+    let logging = Logging::install(Form::Text, Targets::new());
+    logging.set(&logger).map_err(|sentence| anyhow!(sentence))?;
     let service = Service {
         socket: (!args.no_api).then_some(args.api_sock),
         id: args.id,
         transport: if args.enable_pci { Transport::Pci } else { Transport::Mmio },
         max_body: args.http_api_max_payload_size,
-        logger: Logger {
-            log_path: args.log_path,
-            level,
-            show_level: args.show_level,
-            show_log_origin: args.show_log_origin,
-            module: args.module,
-        },
+        logging,
         metrics: args.metrics_path.map(|metrics_path| Metrics { metrics_path }),
         launch,
     };
@@ -197,7 +199,7 @@ struct Service {
     id: String,
     transport: Transport,
     max_body: usize,
-    logger: Logger,
+    logging: Arc<Logging>,
     metrics: Option<Metrics>,
     /// Is to be started at once.
     launch: Option<FullConfiguration>,
@@ -205,12 +207,10 @@ struct Service {
 
 impl Service {
     fn run(self, start: Instant) -> anyhow::Result<ExitStatus> {
-        let set_logger = logging::changeable();
-        set_logger(&self.logger).map_err(|sentence| anyhow!(sentence))?;
         run::raise_file_limit();
         let signals = SignalThread::start()?;
         let (launcher, launches) = mpsc::channel();
-        let control = Arc::new(Control::empty(&self.id, self.transport, launcher, set_logger));
+        let control = Arc::new(Control::empty(&self.id, self.transport, launcher, self.logging.clone()));
         if let Some(metrics) = &self.metrics {
             control.metrics().open(&metrics.metrics_path).map_err(|sentence| anyhow!(sentence))?;
         }
@@ -226,7 +226,7 @@ impl Service {
                 .name("start".into())
                 .spawn(move || control.start_or_end(configuration))?;
         }
-        let status = run_machine(&launches, &signals, start)?;
+        let status = run_machine(&launches, &signals, &self.id, start)?;
         if let Err(sentence) = control.metrics().flush(control.vm_if_started().as_deref()) {
             say(&sentence);
         }
@@ -238,6 +238,7 @@ impl Service {
 fn run_machine(
     orders: &Receiver<Order>,
     signals: &SignalThread,
+    name: &str,
     start: Instant,
 ) -> anyhow::Result<ExitStatus> {
     loop {
@@ -247,7 +248,8 @@ fn run_machine(
             Order::End(sentence) => return Err(anyhow!(sentence)),
         };
         let console = Console::of(&config.serial);
-        let built = Vm::builder(config).process_start(start).console_when_full(WhenFull::Wait).build();
+        let built =
+            Vm::builder(config).name(name).process_start(start).console_when_full(WhenFull::Wait).build();
         let vm = match built {
             Ok(vm) => Arc::new(vm),
             Err(error) => {

@@ -22,6 +22,7 @@ use serde_json::{Map, Value, json};
 use super::{completion, print};
 use crate::api::own::Inspection;
 use crate::exit::ExitStatus;
+use crate::logging;
 use crate::machines::{Machine, StateDir, client, find_alive, log};
 use crate::session::pause;
 use crate::terminal::{self, KeyCommand, Keys, Terminal};
@@ -119,6 +120,20 @@ pub enum MachineCommand {
         /// Go on with what comes, until the machine ends
         #[arg(short, long)]
         follow: bool,
+        /// Print what vmm itself has said since the machine went to the background: see --log of vmm run
+        #[arg(long)]
+        vmm: bool,
+    },
+    /// Change which log lines a running machine's vmm writes
+    #[command(
+        after_help = "Examples:\n  vmm log-level web debug\n  vmm log-level web warn,devices::virtio::net=trace; vmm logs -f --vmm web"
+    )]
+    LogLevel {
+        #[command(flatten)]
+        machine: One,
+        /// A level, or levels of modules: see --log of vmm run
+        #[arg(value_parser = |text: &str| logging::parse(text).map(|_| text.to_owned()))]
+        filter: String,
     },
     /// Attach the terminal to a machine's console; Ctrl-A d leaves it
     Attach {
@@ -186,7 +201,8 @@ pub enum MachineCommand {
 pub fn run(command: &MachineCommand) -> anyhow::Result<ExitStatus> {
     match command {
         MachineCommand::Ps { format, state } => ps(&state.open()?, *format),
-        MachineCommand::Logs { machine, follow } => logs(&machine.find()?, *follow),
+        MachineCommand::Logs { machine, follow, vmm } => logs(&machine.find()?, *follow, *vmm),
+        MachineCommand::LogLevel { machine, filter } => log_level(&machine.find_alive()?, filter),
         MachineCommand::Attach { machine } => attach(&machine.find_alive()?),
         MachineCommand::Stop { machines, time } => machines.each(|_, machine| stop(machine, *time)),
         MachineCommand::Kill { machines } => machines.each(|_, machine| stop(machine, 0)),
@@ -327,15 +343,24 @@ fn ask_inspection(machine: &Machine) -> anyhow::Result<Inspection> {
     Ok(serde_json::from_value(client::ask(machine, Method::GET, "/vmm/v1/inspect", None)?)?)
 }
 
-fn logs(machine: &Machine, follow: bool) -> anyhow::Result<ExitStatus> {
+fn log_level(machine: &Machine, filter: &str) -> anyhow::Result<ExitStatus> {
+    client::ask(machine, Method::PUT, "/vmm/v1/log", Some(&json!({ "filter": filter })))?;
+    Ok(ExitStatus::Success)
+}
+
+fn logs(machine: &Machine, follow: bool, own: bool) -> anyhow::Result<ExitStatus> {
     let more = |time| match pause(time, None) {
         true => Err(std::io::ErrorKind::BrokenPipe.into()),
         false => Ok(machine.is_alive()),
     };
     let follow: Option<log::Follow<'_>> = if follow { Some(&more) } else { None };
-    match log::copy(&machine.log(), &mut std::io::stdout().lock(), follow) {
+    let path = if own { machine.own_log() } else { machine.log() };
+    match log::copy(&path, &mut std::io::stdout().lock(), follow) {
         Ok(()) => Ok(ExitStatus::Success),
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitStatus::SIGPIPE),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && own => {
+            Err(anyhow!("'{}' says everything on its terminal: it never was in the background", machine.name))
+        }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(anyhow!(
             "'{}' has no log: its console is on a terminal or in a file of its own",
             machine.name

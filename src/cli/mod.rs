@@ -5,7 +5,6 @@ mod check;
 mod completion;
 mod detach;
 mod device_flags;
-mod logging;
 mod machines;
 mod man;
 mod run;

@@ -13,6 +13,7 @@ use anyhow::anyhow;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args};
 use serde::de::DeserializeOwned;
+use tracing::level_filters::LevelFilter;
 use vmm_core::config::{BootProtocol, SerialConfig, Transport};
 use vmm_core::console::WhenFull;
 use vmm_core::devices::size::ByteSize;
@@ -26,12 +27,14 @@ pub use config::root_disk;
 
 use super::device_flags::DeviceFlags;
 use super::machines::StateArgs;
-use super::{detach, logging, say};
+use super::{detach, say};
 use crate::api::{Control, MAX_BODY, Socket};
 use crate::config_file;
 use crate::exit::{self, ExitStatus};
 use crate::images;
+use crate::logging::{LogArgs, Logging};
 use crate::machines::console::ConsoleServer;
+use crate::machines::log::Log;
 use crate::machines::{self, Outcome, Registered};
 use crate::session::{self, Cause, Console, Ended, Manner, SignalThread};
 use crate::terminal::{self, Stderr};
@@ -152,12 +155,15 @@ pub struct RunArgs {
     #[arg(long, help_heading = "Command")]
     timings: bool,
 
+    #[command(flatten)]
+    log: LogArgs,
+
     /// Say more on standard error; repeat for more
-    #[arg(short, long, action = ArgAction::Count, conflicts_with = "quiet", help_heading = "Command")]
+    #[arg(short, long, action = ArgAction::Count, conflicts_with_all = ["quiet", "log"], help_heading = "Command")]
     verbose: u8,
 
     /// Say nothing but errors
-    #[arg(short, long, help_heading = "Command")]
+    #[arg(short, long, conflicts_with = "log", help_heading = "Command")]
     quiet: bool,
 
     /// This process is the one in the background
@@ -204,7 +210,7 @@ where
 
 /// Runs the subcommand. `start` is when the process began.
 pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
-    logging::start(args.verbose, args.quiet)?;
+    let logging = Logging::start(&args.log, args.level())?;
     raise_file_limit();
     let file = args.config.as_deref().map(config_file::load).transpose()?.unwrap_or_default();
     let mut config = config::merge(args, file)?;
@@ -233,7 +239,9 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     let socket =
         args.api_sock.clone().or_else(|| named.as_ref().map(|named| named.registered.machine().api()));
     let socket = socket.as_deref().map(Socket::bind).transpose()?;
+    let name = named.as_ref().map_or("vmm", |named| &named.registered.machine().name);
     let builder = Vm::builder(config)
+        .name(name)
         .process_start(start)
         .console_when_full(WhenFull::Wait)
         .trace_exits(args.trace_exits);
@@ -242,15 +250,23 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     drop(root);
     let console = named.as_ref().and_then(|named| named.console.clone());
     let manner = Manner { console: console.unwrap_or(console_of_its_own), quiet: args.quiet };
-    let name = named.as_ref().map_or("vmm", |named| &named.registered.machine().name);
     let mut server = None;
     let started = || {
-        let serve = |socket: &Socket| socket.serve(Arc::new(Control::of(name, vm.clone())), MAX_BODY);
+        let serve = |socket: &Socket| {
+            socket.serve(Arc::new(Control::of(name, vm.clone(), logging.clone())), MAX_BODY)
+        };
         server = socket.as_ref().map(serve).transpose()?;
         if let Some(named) = named.as_ref().filter(|_| !args.rm) {
             named.registered.keep();
         }
-        if args.in_background { detach::ready() } else { Ok(()) }
+        match &named {
+            Some(named) if args.in_background => {
+                let log = Log::create(&named.registered.machine().own_log())?;
+                logging.write_to(log).map_err(|sentence| anyhow!(sentence))?;
+                detach::ready()
+            }
+            _ => Ok(()),
+        }
     };
     let ended = session::run(&vm, manner, &signals, started);
     let status = ended.and_then(|ended| {
@@ -284,6 +300,17 @@ impl Named {
 }
 
 impl RunArgs {
+    /// The level that -q and -v ask for.
+    fn level(&self) -> Option<LevelFilter> {
+        match (self.quiet, self.verbose) {
+            (true, _) => Some(LevelFilter::ERROR),
+            (false, 0) => None,
+            (false, 1) => Some(LevelFilter::INFO),
+            (false, 2) => Some(LevelFilter::DEBUG),
+            (false, _) => Some(LevelFilter::TRACE),
+        }
+    }
+
     /// Takes the machine's name, if it has one.
     fn named(&self, config: &VmConfig) -> anyhow::Result<Option<Named>> {
         let Some(name) = &self.name else { return Ok(None) };

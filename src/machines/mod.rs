@@ -6,6 +6,7 @@
 //! STATE/NAME/api.sock    its control API
 //! STATE/NAME/console.sock  its console, when it is detached
 //! STATE/NAME/log, log.1  what was on its console
+//! STATE/NAME/vmm-log, vmm-log.1  what its process has said in the background
 //! ```
 //!
 //! The kernel frees a lock whose process dies, however it dies. So a machine is alive exactly while its lock is held,
@@ -259,6 +260,11 @@ impl Machine {
     /// Its log.
     pub fn log(&self) -> PathBuf {
         self.path("log")
+    }
+
+    /// What its process has said in the background.
+    pub fn own_log(&self) -> PathBuf {
+        self.path("vmm-log")
     }
 
     fn take_lock(&self) -> io::Result<File> {

@@ -18,6 +18,7 @@ use devices::pci::Function;
 use devices::pci::root::{self, Ecam, Ports, Root};
 use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
 use devices::virtio::pci::{self, PciNotifier, PciTransport};
+use tracing::Span;
 
 use crate::bus::Overlap;
 use crate::config::{ConfigError, SerialConfig, VmConfig};
@@ -29,6 +30,7 @@ use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
 use crate::machine::{Inbox, Machine, Milestone};
 use crate::memory::{GuestRam, HugePages, RamError};
 use crate::runner::{NewUnit, Runner, RunnerError, TellErrors, TellOutput, UnitHandle};
+use crate::spans;
 use crate::vcpu::Buses;
 use crate::vm::{Message, Vm};
 use crate::window::WindowError;
@@ -87,6 +89,7 @@ pub struct VmBuilder {
     when_full: WhenFull,
     trace_exits: bool,
     process_start: Option<Instant>,
+    name: String,
 }
 
 impl VmBuilder {
@@ -97,6 +100,7 @@ impl VmBuilder {
             when_full: WhenFull::default(),
             trace_exits: false,
             process_start: None,
+            name: "vm".into(),
         }
     }
 
@@ -115,6 +119,12 @@ impl VmBuilder {
     /// Tells exits apart by address, for [`Vm::exits`]. It costs each of them a look into a table.
     pub fn trace_exits(mut self, trace: bool) -> Self {
         self.trace_exits = trace;
+        self
+    }
+
+    /// What log lines call the machine; `vm` without it.
+    pub fn name(mut self, name: &str) -> Self {
+        self.name = name.into();
         self
     }
 
@@ -156,6 +166,11 @@ impl VmBuilder {
     /// Opens everything that the configuration names and makes the machine, which is then
     /// [`crate::VmState::Created`].
     pub fn build(self) -> Result<Vm, BuildError> {
+        let span = spans::vm(&self.name);
+        span.clone().in_scope(|| self.build_in(span))
+    }
+
+    fn build_in(self, span: Span) -> Result<Vm, BuildError> {
         self.config.validate()?;
         let kernel_path = self.config.kernel.clone().ok_or(ConfigError::NoKernel)?;
         let journal = Arc::new(Journal::begin(self.process_start));
@@ -189,7 +204,7 @@ impl VmBuilder {
         journal.reach(Milestone::VmCreated);
 
         let buses = Buses::default();
-        let mut parts = Parts { vm, ram, control, inbox, buses, journal };
+        let mut parts = Parts { vm, ram, control, inbox, buses, journal, span };
         let slots = Slots::new(config.transport, devices.len());
         let cmdline = command_line(&config, &kernel, &slots, device_parameters(&config, &devices))?;
         let access = PciAccess::of(&kernel, &slots, &cmdline);
@@ -201,7 +216,7 @@ impl VmBuilder {
         // Last, because it empties a file.
         let (output, console, console_output) = console::output(self.when_full);
         let console_input = parts.add_legacy(open_serial(&config.serial, output)?, &console_output)?;
-        let Parts { vm, ram, control, inbox, buses, journal } = parts;
+        let Parts { vm, ram, control, inbox, buses, journal, span } = parts;
         let exits = (0..config.cpus).map(|_| Arc::new(ExitLog::new(self.trace_exits))).collect();
         let machine = Machine {
             idle,
@@ -216,6 +231,7 @@ impl VmBuilder {
             exits,
             ram,
             control,
+            span,
             _vm: vm,
         };
         Vm::run(config, machine, console, inbox, messages).map_err(BuildError::Thread)
@@ -225,7 +241,10 @@ impl VmBuilder {
 fn open_devices(config: &VmConfig) -> Result<Vec<Box<dyn VirtioDevice>>, OpenError> {
     let memory_stays = config.mem_prealloc || config.hugepages == HugePages::Reserved;
     let shape = MachineShape { cpus: config.cpus, memory: config.memory.0, memory_stays };
-    config.devices.iter().map(|device| device.open(&shape)).collect()
+    let named = config.devices.iter().zip(config.device_names());
+    named
+        .map(|(device, name)| spans::device(&Span::current(), &name).in_scope(|| device.open(&shape)))
+        .collect()
 }
 
 /// Maps the files that devices want in the guest's address space.
@@ -275,6 +294,8 @@ struct Parts {
     inbox: Arc<Inbox>,
     buses: Buses,
     journal: Arc<Journal>,
+    /// The machine's.
+    span: Span,
 }
 
 impl Parts {
@@ -330,6 +351,7 @@ impl Parts {
             };
             let new = NewUnit {
                 device,
+                name: name.clone(),
                 limits: config.limits(),
                 tell_errors: self.tell_errors(&name),
                 tell_output: config.is_console().then(|| self.tell_output()),
@@ -361,7 +383,7 @@ impl Parts {
     fn start_runner(&self, name: &str) -> Result<Runner, RunnerError> {
         let (control, thread) = (self.control.clone(), name.to_owned());
         // The machine holds the runner, and a sender of the runner's would keep the machine's channel open.
-        Runner::start(name, move || {
+        Runner::start(name, &self.span, move || {
             _ = control.send(Message::ThreadPanicked(thread));
         })
     }

@@ -164,7 +164,7 @@ impl Journal {
         if log.closed {
             return;
         }
-        tracing::info!("{what}");
+        tracing::info!(micros = at.as_micros() as u64, "{what}");
         log.closed = matches!(what, What::State(VmState::Stopped(_)));
         log.push(at, what);
         let wakers = std::mem::take(&mut log.wakers);

@@ -21,6 +21,7 @@ mod builder;
 mod bus;
 mod machine;
 mod runner;
+mod spans;
 mod state;
 mod vcpu;
 mod vm;

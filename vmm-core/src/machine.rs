@@ -7,6 +7,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use devices::model::{IrqLine, MachineEvent, MachineEvents};
+use tracing::Span;
 
 use crate::console::{ConsoleInput, OutputControl};
 use crate::event::{Journal, What};
@@ -14,6 +15,7 @@ use crate::exits::ExitLog;
 use crate::hypervisor::{HvError, HvVm, Vcpu};
 use crate::memory::GuestRam;
 use crate::runner::{Runner, RunnerError, UnitHandle};
+use crate::spans;
 use crate::vcpu::{Buses, VcpuEnd, VcpuThread, Watch};
 use crate::vm::Message;
 
@@ -220,6 +222,7 @@ pub(crate) struct Machine {
     pub exits: Vec<Arc<ExitLog>>,
     pub ram: GuestRam,
     pub control: Sender<Message>,
+    pub span: Span,
     pub _vm: Arc<dyn HvVm>,
 }
 
@@ -233,7 +236,11 @@ impl Machine {
                 // It fails only when the machine is being taken down.
                 _ = control.send(Message::VcpuEnded(id, end));
             };
-            let watch = Watch { journal: self.journal.clone(), exits: self.exits[usize::from(id)].clone() };
+            let watch = Watch {
+                journal: self.journal.clone(),
+                exits: self.exits[usize::from(id)].clone(),
+                span: spans::thread(&self.span, &format!("vcpu{id}")),
+            };
             self.running.push(VcpuThread::start(id, vcpu, self.buses.clone(), watch, on_end)?);
         }
         Ok(())

@@ -10,6 +10,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::spans;
 use crate::vcpu::thread_time;
 use devices::GuestMemory;
 use devices::model::{
@@ -22,7 +23,7 @@ use devices::virtio::unit::Unit;
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
 };
-use tracing::{debug, warn};
+use tracing::{Span, debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
@@ -48,6 +49,8 @@ const SOURCE: u32 = 0x2_0000;
 /// A [`Unit`] on an event loop.
 struct Subscriber {
     unit: Unit,
+    /// Where log lines of the device come from.
+    span: Span,
     /// One a queue; ioeventfds of the driver's notifications.
     kicks: Arc<[EventFd]>,
     /// Signalled by the subscriber itself to be called again.
@@ -185,6 +188,20 @@ impl MutEventSubscriber for Subscriber {
     }
 
     fn process(&mut self, events: Events, _ops: &mut EventOps<'_>) {
+        self.in_span(|subscriber| subscriber.turn(events));
+    }
+}
+
+impl Subscriber {
+    /// Does something for the device, whose log lines say so.
+    fn in_span<R>(&mut self, work: impl FnOnce(&mut Self) -> R) -> R {
+        let span = std::mem::replace(&mut self.span, Span::none());
+        let result = span.in_scope(|| work(self));
+        self.span = span;
+        result
+    }
+
+    fn turn(&mut self, events: Events) {
         let data = events.data();
         match data {
             ..AGAIN => _ = self.kicks[data as usize].read(),
@@ -216,6 +233,8 @@ impl MutEventSubscriber for Subscriber {
 pub struct NewUnit {
     /// The device, open.
     pub device: Box<dyn VirtioDevice>,
+    /// What log lines call it.
+    pub name: String,
     /// Limits of its lanes.
     pub limits: Vec<Limits>,
     /// Whom to tell of its errors.
@@ -230,18 +249,26 @@ pub struct Runner {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
     tid: i32,
+    /// Of the thread.
+    span: Span,
 }
 
 impl Runner {
-    /// Starts the thread named `name`. `on_panic` is called, on that thread, when it dies before it is told to.
-    pub fn start(name: &str, on_panic: impl FnOnce() + Send + 'static) -> Result<Self, RunnerError> {
+    /// Starts the thread named `name` of the machine with the span `vm`. `on_panic` is called, on that thread, when it dies before it is told to.
+    pub fn start(
+        name: &str,
+        vm: &Span,
+        on_panic: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, RunnerError> {
         let mut manager = EventManager::<Subscriber>::new()?;
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
         let (started, tid) = mpsc::channel();
+        let span = spans::thread(vm, name);
         let thread = std::thread::Builder::new().name(name.into()).spawn({
-            let stop = stop.clone();
+            let (stop, span) = (stop.clone(), span.clone());
             move || {
+                let _entered = span.entered();
                 _ = started.send(rustix::thread::gettid().as_raw_nonzero().get());
                 let run = std::panic::AssertUnwindSafe(|| {
                     while !stop.load(Ordering::Acquire) {
@@ -258,7 +285,7 @@ impl Runner {
             }
         })?;
         let tid = tid.recv().map_err(|_| std::io::Error::from(std::io::ErrorKind::BrokenPipe))?;
-        Ok(Self { endpoint, stop, thread: Some(thread), tid })
+        Ok(Self { endpoint, stop, thread: Some(thread), tid, span })
     }
 
     /// Time that the thread has run.
@@ -273,7 +300,7 @@ impl Runner {
         notifier: Arc<dyn Notifier>,
         mem: GuestMemory,
     ) -> Result<Arc<UnitHandle>, RunnerError> {
-        let NewUnit { device, limits, tell_errors, tell_output } = new;
+        let NewUnit { device, name, limits, tell_errors, tell_output } = new;
         let kicks = device
             .queue_sizes()
             .iter()
@@ -283,6 +310,7 @@ impl Runner {
         let counters = unit.counters().clone();
         let subscriber = Subscriber {
             unit,
+            span: spans::device(&self.span, &name),
             kicks: kicks.clone(),
             again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
             pending: Vec::new(),
@@ -296,7 +324,7 @@ impl Runner {
         let id = self
             .endpoint
             .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(subscriber)))?;
-        Ok(Arc::new(UnitHandle { endpoint: self.endpoint.clone(), id, kicks, counters }))
+        Ok(Arc::new(UnitHandle { endpoint: self.endpoint.clone(), id, name, kicks, counters }))
     }
 }
 
@@ -315,6 +343,7 @@ impl Drop for Runner {
 pub struct UnitHandle {
     endpoint: RemoteEndpoint<Subscriber>,
     id: SubscriberId,
+    name: String,
     kicks: Arc<[EventFd]>,
     counters: Arc<Counters>,
 }
@@ -350,7 +379,7 @@ impl UnitHandle {
             let subscriber = ops.subscriber_mut(id)?;
             subscriber.paused = paused;
             match paused {
-                true => subscriber.unit.drain(),
+                true => subscriber.in_span(|subscriber| subscriber.unit.drain()),
                 false if subscriber.unit.is_active() => subscriber.wake_all(),
                 false => {}
             }
@@ -371,7 +400,7 @@ impl UnitHandle {
             let before = ops.subscriber_mut(id)?.sources.clone();
             watch(ops, id, &before, false)?;
             let subscriber = ops.subscriber_mut(id)?;
-            let updated = subscriber.update(&update);
+            let updated = subscriber.in_span(|subscriber| subscriber.update(&update));
             if subscriber.unit.is_active() {
                 subscriber.sources = subscriber.unit.host_sources();
             }
@@ -408,12 +437,16 @@ impl From<event_manager::Error> for CallError {
 }
 
 impl DeviceHost for UnitHandle {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
     fn activate(&self, features: u64, queues: &[QueueConfig]) -> Result<(), ActivateError> {
         let (id, queues) = (self.id, queues.to_vec());
         self.endpoint
             .call_blocking(move |ops| {
                 let unit = ops.subscriber_mut(id)?;
-                unit.activate(features, &queues).map_err(CallError)?;
+                unit.in_span(|unit| unit.activate(features, &queues)).map_err(CallError)?;
                 let sources = unit.sources.clone();
                 watch(ops, id, &sources, true).or_else(|error| {
                     // The driver is told that the device did not start, so it must not have.
@@ -427,7 +460,7 @@ impl DeviceHost for UnitHandle {
     fn reset(&self) {
         let id = self.id;
         let done = self.endpoint.call_blocking(move |ops| {
-            let sources = ops.subscriber_mut(id)?.reset();
+            let sources = ops.subscriber_mut(id)?.in_span(Subscriber::reset);
             watch(ops, id, &sources, false)
         });
         if let Err(error) = done {

@@ -5,6 +5,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use tracing::Span;
+
 use crate::bus::Bus;
 use crate::event::Journal;
 use crate::exits::ExitLog;
@@ -26,6 +28,8 @@ pub struct Watch {
     pub journal: Arc<Journal>,
     /// The vCPU's own.
     pub exits: Arc<ExitLog>,
+    /// Of the vCPU's thread.
+    pub span: Span,
 }
 
 /// Why a vCPU's thread ended.
@@ -136,6 +140,7 @@ impl VcpuThread {
         let thread = std::thread::Builder::new().name(format!("vcpu{id}")).spawn({
             let gate = gate.clone();
             move || {
+                let _entered = watch.span.clone().entered();
                 let run = std::panic::AssertUnwindSafe(|| match vcpu.attach() {
                     Ok(kick) => {
                         _ = attached.send(Ok((kick, rustix::thread::gettid())));

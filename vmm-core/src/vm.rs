@@ -17,6 +17,7 @@ use crate::exits::{ExitCount, ExitLog};
 use crate::hypervisor::HvError;
 use crate::machine::{Inbox, Machine, Milestones, Reported, Usage};
 use crate::runner::{RunnerError, UnitHandle, UpdateFailed};
+use crate::spans;
 use crate::state::{IllegalTransition, StopReason, VmState};
 use crate::vcpu::VcpuEnd;
 
@@ -184,7 +185,9 @@ impl Vm {
         let (control, exits) = (machine.control.clone(), machine.exits.clone());
         let thread = std::thread::Builder::new().name("vm-control".into()).spawn({
             let (shared, inbox) = (shared.clone(), inbox.clone());
+            let span = spans::thread(&machine.span, "control");
             move || {
+                let _entered = span.entered();
                 let control = Control {
                     machine: Some(machine),
                     shared: shared.clone(),

@@ -80,6 +80,10 @@ impl Host {
 }
 
 impl DeviceHost for Host {
+    fn name(&self) -> &str {
+        "test"
+    }
+
     fn activate(&self, features: u64, queues: &[QueueConfig]) -> Result<(), ActivateError> {
         self.unit().activate(features, queues)
     }

@@ -135,7 +135,7 @@ impl<S: Signal> Core<S> {
     /// The driver writes to a place which does nothing. It may do so as often as it likes.
     pub fn odd_write(&self, offset: u64, to: &str) {
         if self.log.permits() {
-            debug!(offset, "a write to {to}");
+            debug!(device = self.host.name(), offset, "a write to {to}");
         }
     }
 
@@ -155,7 +155,7 @@ impl<S: Signal> Core<S> {
             StatusAction::Activate => {
                 if let Err(error) = self.host.activate(registers.features(), registers.queues()) {
                     if self.log.permits() {
-                        debug!(%error, "the driver's configuration is refused");
+                        debug!(device = self.host.name(), %error, "the driver's configuration is refused");
                     }
                     registers.activation_failed();
                     self.interrupts.needs_reset();

@@ -10,6 +10,7 @@
 //! - [`legacy`]: the few pieces of a PC that a Linux guest still looks for.
 //! - [`pci`]: the bus, its configuration spaces, and MSI-X.
 //! - [`params`] and [`size`]: configuration as people write it on a command line.
+//! - [`snapshot`]: how all of these save their state, and take it back.
 //! - [`throttle`]: token buckets, for what a guest may use of a device and of the log.
 //! - [`registry`]: the one list of virtio device kinds. Command line, configuration, conformance tests and
 //!   fuzz targets all come from it.
@@ -21,6 +22,7 @@ pub mod params;
 pub mod pci;
 pub mod registry;
 pub mod size;
+pub mod snapshot;
 pub mod throttle;
 pub mod virtio;
 

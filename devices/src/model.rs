@@ -10,12 +10,15 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use ciborium::Value;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::snapshot::SnapshotError;
 use crate::throttle::Limits;
 use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::queue::{QueueConfig, Queues};
+use crate::virtio::unit::UnitState;
 
 /// Something that answers on an address range of a bus, port I/O or MMIO.
 ///
@@ -69,6 +72,12 @@ pub trait DeviceHost: Send + Sync {
 
     /// The driver notified `queue` by a register write that no ioeventfd caught.
     fn kick(&self, queue: u16);
+
+    /// The device's state for a snapshot.
+    fn save(&self) -> Result<UnitState, SnapshotError>;
+
+    /// The device takes over a state: see [`crate::virtio::unit::Unit::restore`].
+    fn restore(&self, saved: &UnitState, features: u64, queues: &[QueueConfig]) -> Result<(), SnapshotError>;
 }
 
 /// Why a device could not be started with what the driver configured.
@@ -211,6 +220,17 @@ pub trait VirtioDevice: Send {
         None
     }
 
+    /// What a snapshot keeps of the device itself: what is neither in its queues, nor in its configuration space, nor in
+    /// its configuration. Nothing, for most.
+    fn save(&self) -> Result<Value, SnapshotError> {
+        Ok(Value::Null)
+    }
+
+    /// Takes over what [`Self::save`] gave. The device is active, and nothing has run since [`Self::activate`].
+    fn restore(&mut self, _queues: &mut Queues<'_>, _saved: Value) -> Result<(), SnapshotError> {
+        Ok(())
+    }
+
     /// Forgets all that the driver did. Requests in flight are finished or dropped before this returns.
     fn reset(&mut self);
 }
@@ -285,10 +305,9 @@ impl Counters {
         counter.fetch_add(n, Ordering::Relaxed);
     }
 
-    /// All of them, by names that stay.
-    pub fn all(&self) -> Vec<(&'static str, u64)> {
-        let own = self.own.iter().flat_map(|own| own.facts());
-        let common = [
+    /// Those that every device has, by names that stay.
+    pub fn common(&self) -> [(&'static str, &AtomicU64); 7] {
+        [
             ("requests", &self.requests),
             ("bytes_to_guest", &self.bytes_to_guest),
             ("bytes_from_guest", &self.bytes_from_guest),
@@ -297,7 +316,12 @@ impl Counters {
             ("guest_mistakes", &self.guest_mistakes),
             ("throttled", &self.throttled),
         ]
-        .map(|(name, counter)| (name, counter.load(Ordering::Relaxed)));
+    }
+
+    /// All of them, by names that stay.
+    pub fn all(&self) -> Vec<(&'static str, u64)> {
+        let own = self.own.iter().flat_map(|own| own.facts());
+        let common = self.common().map(|(name, counter)| (name, counter.load(Ordering::Relaxed)));
         common.into_iter().chain(own).collect()
     }
 }

@@ -141,6 +141,16 @@ impl Bucket {
         self.balance = self.balance.saturating_sub(rest);
     }
 
+    fn level(&self) -> Level {
+        Level { balance: self.balance, burst: self.burst }
+    }
+
+    /// Takes over what was in a bucket, as far as this one has room. Nothing flows in while a machine sleeps.
+    fn set_level(&mut self, level: Level) {
+        self.balance = self.balance.min(level.balance);
+        self.burst = self.burst.min(level.burst);
+    }
+
     /// When something may be taken again.
     pub fn permits_at(&self) -> Instant {
         if self.permits() {
@@ -156,6 +166,20 @@ impl Bucket {
 fn nanos(nanos: u128) -> Duration {
     const CENTURY: u64 = 3_155_760_000_000_000_000;
     Duration::from_nanos(u64::try_from(nanos).unwrap_or(CENTURY).min(CENTURY))
+}
+
+/// What is in the buckets of one lane, for a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleState {
+    bandwidth: Option<Level>,
+    ops: Option<Level>,
+}
+
+/// What is in a bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Level {
+    balance: i64,
+    burst: u64,
 }
 
 /// The buckets of one lane.
@@ -185,6 +209,21 @@ impl Throttle {
     /// Adds what flowed into the buckets until `now`.
     pub fn refill(&mut self, now: Instant) {
         self.bandwidth.iter_mut().chain(&mut self.ops).for_each(|bucket| bucket.refill(now));
+    }
+
+    /// The state for a snapshot.
+    pub fn save(&self) -> ThrottleState {
+        let level = |bucket: &Option<Bucket>| bucket.as_ref().map(Bucket::level);
+        ThrottleState { bandwidth: level(&self.bandwidth), ops: level(&self.ops) }
+    }
+
+    /// Takes over a saved state. A limit that was not there then is as new.
+    pub fn restore(&mut self, saved: &ThrottleState) {
+        for (bucket, level) in [(&mut self.bandwidth, saved.bandwidth), (&mut self.ops, saved.ops)] {
+            if let (Some(bucket), Some(level)) = (bucket, level) {
+                bucket.set_level(level);
+            }
+        }
     }
 
     /// Whether one more operation may begin.

@@ -16,6 +16,7 @@ use devices::log_file::{self, LogFileError};
 use devices::model::{Identity, MachineEvent, MachineEvents, MachineShape, OpenError, VirtioDevice};
 use devices::pci::Function;
 use devices::pci::root::{self, Ecam, Ports, Root};
+use devices::snapshot;
 use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
 use devices::virtio::pci::{self, PciNotifier, PciTransport};
 use tracing::Span;
@@ -26,10 +27,14 @@ use crate::console::{self, ConsoleFile, ConsoleInput, ConsolePort, OutputControl
 use crate::event::{Journal, What};
 use crate::exits::ExitLog;
 use crate::hypervisor::kvm::KvmHypervisor;
+use crate::hypervisor::saved::ClockState;
 use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
-use crate::machine::{Inbox, Machine, Milestone};
+use crate::machine::{Inbox, Machine, MachineState, Milestone, PciAccess, Tracking};
 use crate::memory::{GuestRam, HugePages, RamError};
 use crate::runner::{NewUnit, Runner, RunnerError, TellErrors, TellOutput, UnitHandle};
+use crate::snapshot::memory_file::{MemoryMode, Pages};
+use crate::snapshot::state_file::{SectionError, Sections};
+use crate::snapshot::{ClockMode, Snapshot};
 use crate::spans;
 use crate::vcpu::Buses;
 use crate::vm::{Message, Vm};
@@ -77,6 +82,9 @@ pub enum BuildError {
         /// What is wrong.
         source: LogFileError,
     },
+    /// The state in a snapshot is not one that this machine can take over.
+    #[error("the snapshot cannot be restored: {0}")]
+    State(SectionError),
     /// The control thread could not be started.
     #[error("cannot start the control thread: {0}")]
     Thread(io::Error),
@@ -90,6 +98,9 @@ pub struct VmBuilder {
     trace_exits: bool,
     process_start: Option<Instant>,
     name: String,
+    snapshot: Option<Snapshot>,
+    memory_mode: MemoryMode,
+    clock_mode: ClockMode,
 }
 
 impl VmBuilder {
@@ -101,7 +112,27 @@ impl VmBuilder {
             trace_exits: false,
             process_start: None,
             name: "vm".into(),
+            snapshot: None,
+            memory_mode: MemoryMode::default(),
+            clock_mode: ClockMode::default(),
         }
+    }
+
+    pub(crate) fn of_snapshot(snapshot: Snapshot) -> Self {
+        let config = snapshot.config().clone();
+        Self { snapshot: Some(snapshot), ..Self::new(config) }
+    }
+
+    /// How a machine that comes from a snapshot gets its memory.
+    pub fn memory_mode(mut self, mode: MemoryMode) -> Self {
+        self.memory_mode = mode;
+        self
+    }
+
+    /// What a guest that comes from a snapshot makes of the time that it slept.
+    pub fn clock_mode(mut self, mode: ClockMode) -> Self {
+        self.clock_mode = mode;
+        self
     }
 
     /// Uses `hypervisor` in place of KVM.
@@ -146,7 +177,7 @@ impl VmBuilder {
         // All at once, as in a machine: a disk that is there twice cannot be locked twice.
         let mut devices = open_devices(config)?;
         open_serial_file(&config.serial)?;
-        let mut ram = GuestRam::new(config.memory.0, config.backing())?;
+        let mut ram = GuestRam::new(config.memory.0, config.backing(), None)?;
         place_windows(&mut ram, config, &mut devices)?;
         let kernel = config.kernel.as_deref();
         let kernel = kernel.map(|path| kernel::load(ram.memory(), path, config.boot_protocol)).transpose()?;
@@ -163,8 +194,8 @@ impl VmBuilder {
         Ok(())
     }
 
-    /// Opens everything that the configuration names and makes the machine, which is then
-    /// [`crate::VmState::Created`].
+    /// Opens everything that the configuration names and makes the machine. It is then [`crate::VmState::Created`], or
+    /// [`crate::VmState::Paused`] if it comes from a snapshot.
     pub fn build(self) -> Result<Vm, BuildError> {
         let span = spans::vm(&self.name);
         span.clone().in_scope(|| self.build_in(span))
@@ -172,7 +203,6 @@ impl VmBuilder {
 
     fn build_in(self, span: Span) -> Result<Vm, BuildError> {
         self.config.validate()?;
-        let kernel_path = self.config.kernel.clone().ok_or(ConfigError::NoKernel)?;
         let journal = Arc::new(Journal::begin(self.process_start));
         let (control, messages) = mpsc::channel();
         let inbox = Arc::new(Inbox::new(control.clone(), journal.clone()));
@@ -183,40 +213,52 @@ impl VmBuilder {
         let config = self.config;
         let mut devices = open_devices(&config)?;
 
-        let mut ram = GuestRam::new(config.memory.0, config.backing())?;
+        let image = self.snapshot.as_ref().map(|snapshot| (snapshot.image.clone(), self.memory_mode));
+        let mut ram = GuestRam::new(config.memory.0, config.backing(), image)?;
         place_windows(&mut ram, &config, &mut devices)?;
-        // The image, and as much again, which a kernel fills while it boots. An error is the loader's to tell.
-        let image = std::fs::metadata(&kernel_path).map_or(0, |meta| meta.len());
-        ram.prefer_huge_pages(layout::HIGH_RAM.saturating_add(image.saturating_mul(2)));
         if config.mem_prealloc {
             ram.populate()?;
         }
         journal.reach(Milestone::MemoryReady);
-        let kernel = kernel::load(ram.memory(), &kernel_path, config.boot_protocol)?;
-        let initrd = config.initrd.as_deref();
-        let initrd = initrd.map(|path| kernel::load_initrd(ram.memory(), path, &kernel)).transpose()?;
-        journal.reach(Milestone::KernelLoaded);
+        let slots = Slots::new(config.transport, devices.len());
+        let origin = match self.snapshot {
+            None => {
+                let boot = Origin::boot(&config, &ram, &slots, &devices)?;
+                journal.reach(Milestone::KernelLoaded);
+                boot
+            }
+            Some(snapshot) => Origin::snapshot(snapshot)?,
+        };
 
         let vm = hypervisor.create_vm()?;
         vm.map_memory(&ram)?;
-        // A kernel with ACPI believes that there is no i8254, one without may calibrate its clocks with it.
-        vm.create_irqchip(!kernel.has_acpi)?;
+        let (pit, pci) = (origin.pit(), origin.pci());
+        vm.create_irqchip(pit)?;
         journal.reach(Milestone::VmCreated);
 
-        let buses = Buses::default();
-        let mut parts = Parts { vm, ram, control, inbox, buses, journal, span };
-        let slots = Slots::new(config.transport, devices.len());
-        let cmdline = command_line(&config, &kernel, &slots, device_parameters(&config, &devices))?;
-        let access = PciAccess::of(&kernel, &slots, &cmdline);
-        let (runners, units) = parts.add_virtio(&config, devices, &slots, access)?;
-        parts.describe(&config, &kernel, initrd, &slots, &cmdline)?;
-        let idle = parts.create_vcpus(&*hypervisor, &config, &kernel)?;
-
+        let mut parts =
+            Parts { vm, ram, control, inbox, buses: Buses::default(), journal, saved: Vec::new(), span };
+        let (runners, units) = parts.add_virtio(&config, devices, &slots, pci)?;
         let power_button = parts.vm.irq_line(layout::GED_IRQ)?;
-        // Last, because it empties a file.
+        let idle = match &origin {
+            Origin::Boot(boot) => {
+                parts.describe(&config, boot, &slots)?;
+                parts.create_vcpus(&*hypervisor, &config, &boot.kernel)?
+            }
+            Origin::Snapshot(snapshot, _) => parts.restore_vcpus(&config, &snapshot.sections)?,
+        };
+        // Late, because it empties a file.
         let (output, console, console_output) = console::output(self.when_full);
         let console_input = parts.add_legacy(open_serial(&config.serial, output)?, &console_output)?;
-        let Parts { vm, ram, control, inbox, buses, journal, span } = parts;
+        let asleep = match &origin {
+            Origin::Boot(_) => None,
+            Origin::Snapshot(snapshot, state) => {
+                units.iter().try_for_each(|(_, unit)| unit.set_paused(true))?;
+                Some(parts.restore(&snapshot.sections, state)?)
+            }
+        };
+        let tracking = parts.track(&config, &origin)?;
+        let Parts { vm, ram, control, inbox, buses, journal, saved, span } = parts;
         let exits = (0..config.cpus).map(|_| Arc::new(ExitLog::new(self.trace_exits))).collect();
         let machine = Machine {
             idle,
@@ -232,9 +274,70 @@ impl VmBuilder {
             ram,
             control,
             span,
-            _vm: vm,
+            vm,
+            parts: saved,
+            pit,
+            pci,
+            asleep,
+            clock_mode: self.clock_mode,
+            tracking,
         };
         Vm::run(config, machine, console, inbox, messages).map_err(BuildError::Thread)
+    }
+}
+
+/// What a machine begins with.
+enum Origin {
+    Boot(Boot),
+    Snapshot(Box<Snapshot>, MachineState),
+}
+
+/// A kernel in memory, and what it is to know.
+struct Boot {
+    kernel: Kernel,
+    initrd: Option<kernel::Initrd>,
+    cmdline: String,
+    pci: PciAccess,
+}
+
+impl Origin {
+    /// Loads the kernel of `config`.
+    fn boot(
+        config: &VmConfig,
+        ram: &GuestRam,
+        slots: &Slots,
+        devices: &[Box<dyn VirtioDevice>],
+    ) -> Result<Self, BuildError> {
+        let path = config.kernel.as_deref().ok_or(ConfigError::NoKernel)?;
+        // The image, and as much again, which a kernel fills while it boots. An error is the loader's to tell.
+        let image = std::fs::metadata(path).map_or(0, |meta| meta.len());
+        ram.prefer_huge_pages(layout::HIGH_RAM.saturating_add(image.saturating_mul(2)));
+        let kernel = kernel::load(ram.memory(), path, config.boot_protocol)?;
+        let initrd = config.initrd.as_deref();
+        let initrd = initrd.map(|path| kernel::load_initrd(ram.memory(), path, &kernel)).transpose()?;
+        let cmdline = command_line(config, &kernel, slots, device_parameters(config, devices))?;
+        let pci = PciAccess::of(&kernel, slots, &cmdline);
+        Ok(Self::Boot(Boot { kernel, initrd, cmdline, pci }))
+    }
+
+    fn snapshot(snapshot: Snapshot) -> Result<Self, BuildError> {
+        let state = snapshot.sections.state("machine").map_err(BuildError::State)?;
+        Ok(Self::Snapshot(Box::new(snapshot), state))
+    }
+
+    /// A kernel with ACPI believes that there is no i8254, one without may calibrate its clocks with it.
+    fn pit(&self) -> bool {
+        match self {
+            Self::Boot(boot) => !boot.kernel.has_acpi,
+            Self::Snapshot(_, state) => state.pit,
+        }
+    }
+
+    fn pci(&self) -> PciAccess {
+        match self {
+            Self::Boot(boot) => boot.pci,
+            Self::Snapshot(_, state) => state.pci,
+        }
     }
 }
 
@@ -296,6 +399,8 @@ struct Parts {
     journal: Arc<Journal>,
     /// The machine's.
     span: Span,
+    /// What has a state of its own, by the names of sections.
+    saved: Vec<(String, Arc<dyn snapshot::Snapshot>)>,
 }
 
 impl Parts {
@@ -315,11 +420,14 @@ impl Parts {
         let serial = Arc::new(SerialPort::new(line, events.clone(), output, pump));
         input.connect(&serial);
         let pio = &mut self.buses.pio;
+        self.saved.push(("serial".into(), serial.clone()));
         let port = Arc::new(ConsolePort::new(serial, control));
         pio.insert(serial::PORT.into(), serial::PORTS.into(), port)?;
         let i8042 = Arc::new(I8042::new(events.clone()));
         pio.insert(i8042::PORT.into(), i8042::PORTS.into(), i8042)?;
-        pio.insert(cmos::PORT.into(), cmos::PORTS.into(), Arc::new(Cmos::new()))?;
+        let cmos = Arc::new(Cmos::new());
+        self.saved.push(("cmos".into(), cmos.clone()));
+        pio.insert(cmos::PORT.into(), cmos::PORTS.into(), cmos)?;
         let pvpanic = Arc::new(PvPanic::new(events.clone()));
         pio.insert(pvpanic::PORT.into(), pvpanic::PORTS.into(), pvpanic)?;
         let power = Arc::new(PowerRegisters::new(events.clone()));
@@ -357,10 +465,15 @@ impl Parts {
                 tell_output: config.is_console().then(|| self.tell_output()),
             };
             let unit = match slots {
-                Slots::Mmio(slots) => self.add_mmio_device(runner, new, slots[i])?,
+                Slots::Mmio(slots) => {
+                    let (unit, transport) = self.add_mmio_device(runner, new, slots[i])?;
+                    self.saved.push((section(&name), transport));
+                    unit
+                }
                 Slots::Pci(bars) => {
-                    let (unit, function) = self.add_pci_device(runner, new, bars[i])?;
-                    functions.push(function);
+                    let (unit, transport) = self.add_pci_device(runner, new, bars[i])?;
+                    self.saved.push((section(&name), transport.clone()));
+                    functions.push(transport);
                     unit
                 }
             };
@@ -393,16 +506,16 @@ impl Parts {
         runner: &Runner,
         new: NewUnit,
         slot: MmioSlot,
-    ) -> Result<Arc<UnitHandle>, BuildError> {
+    ) -> Result<(Arc<UnitHandle>, Arc<MmioTransport>), BuildError> {
         let notifier = MmioNotifier::new(self.vm.irq_line(slot.irq)?);
         let identity = Identity::of(&*new.device);
         let unit = runner.add(new, notifier.clone(), self.ram.memory().clone())?;
         for (queue, event) in unit.kicks().iter().enumerate() {
             self.vm.signal_on_write(slot.addr + mmio::QUEUE_NOTIFY, Some(queue as u32), event)?;
         }
-        let transport = MmioTransport::of(identity, notifier, unit.clone());
-        self.buses.mmio.insert(slot.addr, slot.len, Arc::new(transport))?;
-        Ok(unit)
+        let transport = Arc::new(MmioTransport::of(identity, notifier, unit.clone()));
+        self.buses.mmio.insert(slot.addr, slot.len, transport.clone())?;
+        Ok((unit, transport))
     }
 
     fn add_pci_device(
@@ -432,26 +545,57 @@ impl Parts {
             self.buses.mmio.insert(layout::PCI_ECAM, root::ECAM_SIZE, ecam)?;
         }
         if access.ports {
-            self.buses.pio.insert(root::PORT.into(), root::PORTS.into(), Arc::new(Ports::new(root)))?;
+            let ports = Arc::new(Ports::new(root));
+            self.saved.push(("pci".into(), ports.clone()));
+            self.buses.pio.insert(root::PORT.into(), root::PORTS.into(), ports)?;
         }
         Ok(())
     }
 
     /// Writes everything that tells the guest's kernel what machine it is on.
-    fn describe(
-        &self,
-        config: &VmConfig,
-        kernel: &Kernel,
-        initrd: Option<kernel::Initrd>,
-        slots: &Slots,
-        cmdline: &str,
-    ) -> Result<(), BuildError> {
+    fn describe(&self, config: &VmConfig, boot: &Boot, slots: &Slots) -> Result<(), BuildError> {
         let mem = self.ram.memory();
-        kernel::write_parameters(mem, kernel, initrd, cmdline)?;
+        let kernel = &boot.kernel;
+        kernel::write_parameters(mem, kernel, boot.initrd, &boot.cmdline)?;
         kernel::write_table(mem, layout::MP_TABLE, &mptable::build(config.cpus))?;
         kernel::write_table(mem, layout::ACPI, &acpi::build(config.cpus, slots))?;
         cpu::write_boot_structures(mem, kernel.entry.protocol).map_err(KernelError::Memory)?;
         Ok(())
+    }
+
+    /// vCPUs as they were.
+    fn restore_vcpus(&self, config: &VmConfig, saved: &Sections) -> Result<Vec<Box<dyn Vcpu>>, BuildError> {
+        let mut vcpus = Vec::new();
+        for id in 0..config.cpus {
+            let mut vcpu = self.vm.create_vcpu(id)?;
+            vcpu.restore(&saved.state(&format!("vcpu{id}")).map_err(BuildError::State)?)?;
+            vcpus.push(vcpu);
+        }
+        Ok(vcpus)
+    }
+
+    /// Everything else as it was. Returns the clocks, which are set when the machine goes on.
+    fn restore(&self, saved: &Sections, machine: &MachineState) -> Result<ClockState, BuildError> {
+        self.inbox.restore(machine.exit_status);
+        self.vm.restore_irqchip(&saved.state("irqchip").map_err(BuildError::State)?)?;
+        for (name, part) in &self.saved {
+            let restore = || part.restore(saved.get(name)?).map_err(SectionError::of(name));
+            restore().map_err(BuildError::State)?;
+        }
+        saved.state("clock").map_err(BuildError::State)
+    }
+
+    /// Begins to log what is written, if the configuration says so.
+    fn track(&self, config: &VmConfig, origin: &Origin) -> Result<Option<Tracking>, BuildError> {
+        if !config.track_dirty {
+            return Ok(None);
+        }
+        self.vm.log_dirty_pages(true)?;
+        let base = match origin {
+            Origin::Boot(_) => None,
+            Origin::Snapshot(snapshot, _) => Some(snapshot.as_base()),
+        };
+        Ok(Some(Tracking { base, pending: Pages::none(config.memory.0) }))
     }
 
     fn create_vcpus(
@@ -472,15 +616,6 @@ impl Parts {
             })
             .collect()
     }
-}
-
-/// Which ways to the PCI bus a machine has.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct PciAccess {
-    /// Configuration mechanism #1.
-    ports: bool,
-    /// ECAM.
-    memory: bool,
 }
 
 impl PciAccess {
@@ -515,6 +650,11 @@ fn command_line(
 /// What the open `devices` of `config` want the guest's kernel to know.
 fn device_parameters(config: &VmConfig, devices: &[Box<dyn VirtioDevice>]) -> Vec<String> {
     devices.iter().enumerate().filter_map(|(i, device)| device.kernel_parameters(config.nth(i))).collect()
+}
+
+/// The section that a device's state is in.
+fn section(device: &str) -> String {
+    format!("device/{device}")
 }
 
 /// What [`Parts::add_virtio`] makes.

@@ -49,6 +49,8 @@ pub struct VmConfig {
     pub mem_prealloc: bool,
     /// The RAM is in a memfd, so that it can be shared with another process.
     pub mem_shared: bool,
+    /// What the guest writes to its RAM is tracked, so that a snapshot can be a difference to the one before it.
+    pub track_dirty: bool,
     /// Where the guest's console goes.
     pub serial: SerialConfig,
     /// Virtio devices, in the order in which the guest finds them.
@@ -69,6 +71,7 @@ impl Default for VmConfig {
             hugepages: HugePages::default(),
             mem_prealloc: false,
             mem_shared: false,
+            track_dirty: false,
             serial: SerialConfig::default(),
             devices: Vec::new(),
         }
@@ -243,7 +246,7 @@ impl VmConfig {
 
     /// How the RAM is kept on the host.
     pub fn backing(&self) -> Backing {
-        Backing { huge_pages: self.hugepages, shared: self.mem_shared }
+        Backing { huge_pages: self.hugepages, shared: self.mem_shared, track_dirty: self.track_dirty }
     }
 
     /// What each device is called: its id, or its kind and its number among those of its kind, such as `disk0`.

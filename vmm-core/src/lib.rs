@@ -15,6 +15,7 @@ pub mod event;
 pub mod exits;
 pub mod hypervisor;
 pub mod memory;
+pub mod snapshot;
 pub mod x86_64;
 
 mod builder;
@@ -32,5 +33,6 @@ pub use config::VmConfig;
 pub use devices;
 pub use event::{Event, Events};
 pub use machine::{Milestone, Milestones, Usage};
+pub use snapshot::{Snapshot, SnapshotKind, SnapshotReport};
 pub use state::{IllegalTransition, StopReason, VmState};
 pub use vm::{DeviceStatus, Vm, VmError};

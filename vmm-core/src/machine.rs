@@ -1,23 +1,30 @@
 //! A built machine: what the control thread owns, and what its devices report.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use devices::model::{IrqLine, MachineEvent, MachineEvents};
+use devices::snapshot::{Saved, Snapshot, SnapshotError, State};
+use serde::{Deserialize, Serialize};
 use tracing::Span;
 
 use crate::console::{ConsoleInput, OutputControl};
 use crate::event::{Journal, What};
 use crate::exits::ExitLog;
+use crate::hypervisor::saved::{ClockState, VcpuClock};
 use crate::hypervisor::{HvError, HvVm, Vcpu};
 use crate::memory::GuestRam;
 use crate::runner::{Runner, RunnerError, UnitHandle};
+use crate::snapshot::memory_file::{PAGE, Pages};
+use crate::snapshot::state_file::{SectionError, Sections};
+use crate::snapshot::{Base, ClockMode};
 use crate::spans;
 use crate::vcpu::{Buses, VcpuEnd, VcpuThread, Watch};
-use crate::vm::Message;
+use crate::vm::{Message, VmError};
 
 /// A point in a machine's life whose time is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -174,6 +181,11 @@ impl Inbox {
         }
     }
 
+    /// Takes over what was reported before a snapshot.
+    pub fn restore(&self, exit_status: Option<u8>) {
+        self.exit_status.store(exit_status.map_or(NO_STATUS, u32::from), Ordering::Release);
+    }
+
     /// Exit status of the guest's command, if its init reported one.
     pub fn exit_status(&self) -> Option<u8> {
         u8::try_from(self.exit_status.load(Ordering::Acquire)).ok()
@@ -204,9 +216,40 @@ impl MachineEvents for Inbox {
     }
 }
 
+/// What a snapshot keeps of a machine as a whole.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct MachineState {
+    /// It has an i8254.
+    pub pit: bool,
+    pub pci: PciAccess,
+    /// What the guest's init has reported.
+    pub exit_status: Option<u8>,
+}
+
+impl State for MachineState {
+    const VERSION: u16 = 1;
+}
+
+/// Which ways to the PCI bus a machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct PciAccess {
+    /// Configuration mechanism #1.
+    pub ports: bool,
+    /// ECAM.
+    pub memory: bool,
+}
+
+/// Which pages of a machine differ from its last snapshot.
+pub(crate) struct Tracking {
+    /// The last snapshot.
+    pub base: Option<Base>,
+    /// Pages that were taken from the logs and are in no snapshot yet.
+    pub pending: Pages,
+}
+
 /// Everything that a machine consists of. Dropping it ends its threads, vCPUs first.
 pub(crate) struct Machine {
-    /// vCPUs that have not started.
+    /// vCPUs that have not started, or not since their machine was restored.
     pub idle: Vec<Box<dyn Vcpu>>,
     pub running: Vec<VcpuThread>,
     /// Devices by name, in the order of the configuration.
@@ -223,7 +266,16 @@ pub(crate) struct Machine {
     pub ram: GuestRam,
     pub control: Sender<Message>,
     pub span: Span,
-    pub _vm: Arc<dyn HvVm>,
+    pub vm: Arc<dyn HvVm>,
+    /// What has a state of its own besides vCPUs and their hypervisor, by the names of sections.
+    pub parts: Vec<(String, Arc<dyn Snapshot>)>,
+    pub pit: bool,
+    pub pci: PciAccess,
+    /// The clocks of the snapshot that this machine comes from, until it goes on.
+    pub asleep: Option<ClockState>,
+    /// How much of the time that it slept passes for a restored guest.
+    pub clock_mode: ClockMode,
+    pub tracking: Option<Tracking>,
 }
 
 impl Machine {
@@ -246,6 +298,81 @@ impl Machine {
         Ok(())
     }
 
+    /// Lets a machine that comes from a snapshot go on for the first time.
+    fn wake(&mut self) -> Result<(), HvError> {
+        let Some(clock) = self.asleep.take() else { return Ok(()) };
+        let slept = match self.clock_mode {
+            ClockMode::Advance => now().saturating_sub(clock.realtime),
+            ClockMode::Freeze => 0,
+        };
+        self.vm.set_clock(clock.kvmclock.saturating_add(slept))?;
+        for (vcpu, &VcpuClock { tsc, deadline }) in self.idle.iter_mut().zip(&clock.vcpus) {
+            let ticks = u128::from(slept) * u128::from(vcpu.tsc_khz()?) / 1_000_000;
+            vcpu.set_clock(VcpuClock { tsc: tsc.wrapping_add(ticks as u64), deadline })?;
+        }
+        Ok(())
+    }
+
+    /// The state of all parts. The machine is paused.
+    pub fn save(&self, exit_status: Option<u8>) -> Result<Sections, SectionError> {
+        let mut sections = Sections::default();
+        let mut add = |name: String, saved: Result<Saved, SnapshotError>| {
+            saved.map_err(SectionError::of(&name)).map(|saved| sections.push(name, saved))
+        };
+        // First, so that it is nearest to the moment when the machine stood still.
+        add("clock".into(), self.clock().map_err(host).and_then(|clock| Saved::of(&clock)))?;
+        let machine = MachineState { pit: self.pit, pci: self.pci, exit_status };
+        add("machine".into(), Saved::of(&machine))?;
+        for (i, vcpu) in self.each_vcpu(|vcpu| vcpu.save()).into_iter().enumerate() {
+            add(
+                format!("vcpu{i}"),
+                vcpu.and_then(|vcpu| vcpu).map_err(host).and_then(|vcpu| Saved::of(&vcpu)),
+            )?;
+        }
+        let irqchip = self.vm.save_irqchip(self.pit);
+        add("irqchip".into(), irqchip.map_err(host).and_then(|irqchip| Saved::of(&irqchip)))?;
+        self.parts.iter().try_for_each(|(name, part)| add(name.clone(), part.save()))?;
+        Ok(sections)
+    }
+
+    fn clock(&self) -> Result<ClockState, HvError> {
+        if let Some(clock) = &self.asleep {
+            return Ok(clock.clone());
+        }
+        let vcpus =
+            self.each_vcpu(|vcpu| vcpu.clock()).into_iter().map(|clock| clock.and_then(|clock| clock));
+        Ok(ClockState {
+            realtime: now(),
+            kvmclock: self.vm.clock()?,
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Looks at every vCPU, whether or not it has run.
+    fn each_vcpu<T>(&self, look: impl Fn(&dyn Vcpu) -> T) -> Vec<Result<T, HvError>> {
+        let ended = || HvError::Call { call: "the vCPU's thread", source: ErrorKind::BrokenPipe.into() };
+        let idle = self.idle.iter().map(|vcpu| Ok(look(&**vcpu)));
+        let parked = self.running.iter().map(|vcpu| vcpu.with_parked(&look).ok_or_else(ended));
+        idle.chain(parked).collect()
+    }
+
+    /// Takes what was written since the last call from the logs.
+    pub fn take_dirty_pages(&mut self) -> Result<(), HvError> {
+        let Some(tracking) = &mut self.tracking else { return Ok(()) };
+        self.ram.take_dirty_pages(&mut tracking.pending);
+        let mut start = 0;
+        for (slot, region) in self.ram.regions().enumerate() {
+            let log = self.vm.take_dirty_pages(slot as u32, region.len)?;
+            for (word, bits) in log.into_iter().enumerate().filter(|(_, bits)| *bits != 0) {
+                for bit in (0..64).filter(|bit| bits & 1 << bit != 0) {
+                    tracking.pending.add(start + (word as u64 * 64 + bit) * PAGE);
+                }
+            }
+            start += region.len;
+        }
+        Ok(())
+    }
+
     /// Brings vCPUs, then devices, to a standstill.
     pub fn pause(&self) -> Result<(), RunnerError> {
         self.console_output.set_open(true);
@@ -264,12 +391,27 @@ impl Machine {
     }
 
     /// Lets devices, then vCPUs, go on.
-    pub fn resume(&self) -> Result<(), RunnerError> {
+    pub fn resume(&mut self) -> Result<(), VmError> {
+        self.wake()?;
         self.console_output.set_open(false);
         self.units.iter().try_for_each(|(_, unit)| unit.set_paused(false))?;
-        self.running.iter().for_each(VcpuThread::resume);
+        match self.idle.is_empty() {
+            true => self.running.iter().for_each(VcpuThread::resume),
+            false => self.start()?,
+        }
         Ok(())
     }
+}
+
+/// Nanoseconds since 1970.
+fn now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// What the hypervisor said, as an error of a snapshot.
+fn host(error: HvError) -> SnapshotError {
+    SnapshotError::Host { call: "KVM", reason: error.to_string() }
 }
 
 impl Drop for Machine {

@@ -3,6 +3,7 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use devices::GuestMemory;
@@ -11,11 +12,13 @@ use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create
 use rustix::mm::{Advice, madvise};
 use serde::{Deserialize, Serialize};
 use tracing::debug;
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
+use crate::snapshot::memory_file::{MemoryImage, MemoryMode, PAGE, Pages};
 use crate::window::{MappedWindow, WindowError};
 use crate::x86_64::layout;
 
@@ -23,6 +26,9 @@ use crate::x86_64::layout;
 pub const HUGE_PAGE: u64 = 2 << 20;
 /// Where the kernel says how many of them there are.
 const HUGE_PAGE_COUNTS: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// What a bit of the bitmap of dirty pages stands for.
+const DIRTY_PAGE: NonZeroUsize = NonZeroUsize::new(PAGE as usize).expect("a page has a size");
 
 /// How much memory is asked about at once: the answer is a byte a page.
 const RESIDENT_STEP: u64 = 64 << 20;
@@ -47,6 +53,8 @@ pub struct Backing {
     pub huge_pages: HugePages,
     /// In a memfd, mapped shared, so that it can be handed to another process.
     pub shared: bool,
+    /// What the VMM itself writes is kept in a bitmap.
+    pub track_dirty: bool,
 }
 
 /// The guest's RAM, populated as the guest touches it.
@@ -54,6 +62,8 @@ pub struct Backing {
 pub struct GuestRam {
     memory: GuestMemory,
     windows: Vec<Arc<MappedWindow>>,
+    /// What is below pages that were not written, if they are no zeroes.
+    image: Option<Arc<MemoryImage>>,
 }
 
 /// One contiguous piece of memory in the guest's address space.
@@ -97,6 +107,9 @@ pub enum RamError {
         /// How many huge pages the host should have.
         want: u64,
     },
+    /// A snapshot's memory could not be taken over.
+    #[error("cannot read the snapshot's memory: {0}")]
+    Image(io::Error),
     /// There is not as much memory as asked for.
     #[error("cannot fill {mib} MiB of guest memory: {source}; lower --memory, or leave out --mem-prealloc")]
     Prealloc {
@@ -108,29 +121,78 @@ pub enum RamError {
 }
 
 impl GuestRam {
-    /// `size` bytes of zeroes, laid out as the architecture wants it.
-    pub fn new(size: u64, backing: Backing) -> Result<Self, RamError> {
+    /// `size` bytes, laid out as the architecture wants it: zeroes, or the memory of a snapshot, which has as many.
+    pub fn new(
+        size: u64,
+        backing: Backing,
+        image: Option<(Arc<MemoryImage>, MemoryMode)>,
+    ) -> Result<Self, RamError> {
         let reserved = backing.huge_pages == HugePages::Reserved;
         let error = |source: io::Error| match source.raw_os_error() {
             Some(libc::ENOMEM) if reserved => huge_page_shortage(size),
             _ => RamError::Map { mib: size >> 20, source },
         };
-        let file = backing.shared.then(|| memory_file(size, reserved)).transpose().map_err(error)?;
+        // What is shared with another process or in huge pages cannot be shared with a file.
+        let mapped =
+            image.as_ref().filter(|(_, mode)| *mode == MemoryMode::Map && !backing.shared && !reserved);
+        let source = match (&mapped, backing.shared) {
+            (Some((image, _)), _) => Source::Private(image.base().clone()),
+            (None, true) => Source::Shared(memory_file(size, reserved).map_err(error)?),
+            (None, false) => Source::Zeroes,
+        };
         let mut offset = 0;
         let mut regions = Vec::new();
         for (base, len) in layout::ram_ranges(size) {
-            let part = file.as_ref().map(|file| FileOffset::from_arc(file.clone(), offset));
-            let mapping = map(len, part, reserved).map_err(error)?;
+            let dirty = backing.track_dirty.then(|| AtomicBitmap::new(len as usize, DIRTY_PAGE));
+            let mapping = map(len, &source, offset, reserved, dirty).map_err(error)?;
             let region = GuestRegionMmap::new(mapping, GuestAddress(base));
             regions.push(region.ok_or_else(|| error(io::ErrorKind::InvalidInput.into()))?);
             offset += len;
         }
         let memory = GuestMemory::from_regions(regions).map_err(|e| error(io::Error::other(e)))?;
-        let ram = Self { memory, windows: Vec::new() };
+        let mut ram = Self { memory, windows: Vec::new(), image: None };
+        if let Some((image, _)) = &image {
+            let is_mapped = mapped.is_some();
+            ram.fill(image, is_mapped).map_err(RamError::Image)?;
+            ram.image = is_mapped.then(|| image.clone());
+        }
         if backing.huge_pages == HugePages::Transparent {
             ram.prefer_huge_pages(size);
         }
         Ok(ram)
+    }
+
+    /// Takes over what is in `image`, whose base is mapped already or not.
+    fn fill(&self, image: &MemoryImage, mapped: bool) -> io::Result<()> {
+        let mut offset = 0;
+        for region in self.regions() {
+            match mapped {
+                true => image.lay_over(region, offset)?,
+                false => image.read_into(region, offset)?,
+            }
+            offset += region.len;
+        }
+        Ok(())
+    }
+
+    /// What is below pages that were not written, if they are no zeroes.
+    pub fn image(&self) -> Option<&MemoryImage> {
+        self.image.as_deref()
+    }
+
+    /// Adds the pages that the VMM itself wrote since the last call, by their place in all of the RAM.
+    pub fn take_dirty_pages(&self, pages: &mut Pages) {
+        let mut start = 0;
+        for region in self.memory.iter() {
+            if let Some(bitmap) = region.get_mmap().bitmap() {
+                for (word, bits) in bitmap.get_and_reset().into_iter().enumerate() {
+                    for bit in (0..64).filter(|bit| bits & 1 << bit != 0) {
+                        pages.add(start + (word as u64 * 64 + bit) * PAGE);
+                    }
+                }
+            }
+            start += region.len();
+        }
     }
 
     /// Takes all of the memory from the host now, not when the guest first touches it.
@@ -189,7 +251,6 @@ impl GuestRam {
 
     /// Bytes of the RAM that are in the host's memory.
     pub fn resident(&self) -> u64 {
-        const PAGE: u64 = 4096;
         let mut pages = vec![0_u8; (RESIDENT_STEP / PAGE) as usize];
         let mut resident = 0;
         for region in self.regions() {
@@ -222,26 +283,42 @@ fn memory_file(size: u64, huge_pages: bool) -> io::Result<Arc<File>> {
     Ok(Arc::new(fd.into()))
 }
 
-/// Maps `len` bytes, of `file` or of nothing but zeroes.
-fn map<B: vm_memory::bitmap::NewBitmap>(
+/// What memory begins with.
+enum Source {
+    Zeroes,
+    /// A file that others map, too, and see what is written.
+    Shared(Arc<File>),
+    /// A file that stays as it is.
+    Private(Arc<File>),
+}
+
+/// Maps `len` bytes of `source`, from `offset` on.
+fn map(
     len: u64,
-    file: Option<FileOffset>,
+    source: &Source,
+    offset: u64,
     huge_pages: bool,
-) -> io::Result<MmapRegion<Option<B>>> {
+    dirty: Option<AtomicBitmap>,
+) -> io::Result<MmapRegion<Option<AtomicBitmap>>> {
     // Huge pages are reserved as a whole, so that the guest never meets the end of the reserve.
     let reserve = if huge_pages { 0 } else { libc::MAP_NORESERVE };
-    let kind = match (&file, huge_pages) {
-        (Some(_), _) => libc::MAP_SHARED,
-        (None, false) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-        (None, true) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+    let kind = match (source, huge_pages) {
+        (Source::Shared(_), _) => libc::MAP_SHARED,
+        (Source::Private(_), _) => libc::MAP_PRIVATE,
+        (Source::Zeroes, false) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        (Source::Zeroes, true) => {
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB
+        }
     };
-    let builder = MmapRegionBuilder::new_with_bitmap(len as usize, None)
+    let builder = MmapRegionBuilder::new_with_bitmap(len as usize, dirty)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(kind | reserve)
         .with_hugetlbfs(huge_pages);
-    let builder = match file {
-        Some(file) => builder.with_file_offset(file),
-        None => builder,
+    let builder = match source {
+        Source::Zeroes => builder,
+        Source::Shared(file) | Source::Private(file) => {
+            builder.with_file_offset(FileOffset::from_arc(file.clone(), offset))
+        }
     };
     builder.build().map_err(|error| match error {
         vm_memory::mmap::MmapRegionError::Mmap(source) => source,

@@ -17,9 +17,10 @@ use devices::model::{
     ActivateError, Counters, DeviceHost, HostSource, Notifier, Progress, UpdateError, VirtioDevice,
 };
 use devices::registry::Update;
+use devices::snapshot::SnapshotError;
 use devices::throttle::Limits;
 use devices::virtio::queue::QueueConfig;
-use devices::virtio::unit::Unit;
+use devices::virtio::unit::{Unit, UnitState};
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId, SubscriberOps,
 };
@@ -64,6 +65,8 @@ struct Subscriber {
     /// What is watched for the device while it is active.
     sources: Vec<HostSource>,
     paused: bool,
+    /// The device came from a snapshot and has not run since.
+    restored: bool,
     errors: ErrorWatch,
     /// Gone once it was told.
     tell_output: Option<TellOutput>,
@@ -318,6 +321,7 @@ impl Runner {
             expires: None,
             sources: Vec::new(),
             paused: false,
+            restored: false,
             errors: ErrorWatch { told: 0, at: None, tell: tell_errors },
             tell_output,
         };
@@ -380,7 +384,12 @@ impl UnitHandle {
             subscriber.paused = paused;
             match paused {
                 true => subscriber.in_span(|subscriber| subscriber.unit.drain()),
-                false if subscriber.unit.is_active() => subscriber.wake_all(),
+                false if subscriber.unit.is_active() => subscriber.in_span(|subscriber| {
+                    if std::mem::take(&mut subscriber.restored) {
+                        subscriber.unit.announce();
+                    }
+                    subscriber.wake_all();
+                }),
                 false => {}
             }
             Ok::<_, event_manager::Error>(())
@@ -436,6 +445,10 @@ impl From<event_manager::Error> for CallError {
     }
 }
 
+fn runner_gone(error: event_manager::Error) -> SnapshotError {
+    SnapshotError::Host { call: "the device's event loop", reason: error.to_string() }
+}
+
 impl DeviceHost for UnitHandle {
     fn name(&self) -> &str {
         &self.name
@@ -466,6 +479,30 @@ impl DeviceHost for UnitHandle {
         if let Err(error) = done {
             debug!(%error, "a reset did not reach its device");
         }
+    }
+
+    fn save(&self) -> Result<UnitState, SnapshotError> {
+        let id = self.id;
+        let saved = self
+            .endpoint
+            .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.subscriber_mut(id)?.unit.save()));
+        saved.map_err(runner_gone)?
+    }
+
+    fn restore(&self, saved: &UnitState, features: u64, queues: &[QueueConfig]) -> Result<(), SnapshotError> {
+        let (id, saved, queues) = (self.id, saved.clone(), queues.to_vec());
+        let restored = self.endpoint.call_blocking(move |ops| {
+            let subscriber = ops.subscriber_mut(id)?;
+            let restored = subscriber.unit.restore(&saved, features, &queues);
+            subscriber.restored = true;
+            if subscriber.unit.is_active() {
+                subscriber.sources = subscriber.unit.host_sources();
+            }
+            let sources = subscriber.sources.clone();
+            watch(ops, id, &sources, true)?;
+            Ok::<_, event_manager::Error>(restored)
+        });
+        restored.map_err(runner_gone)?
     }
 
     fn kick(&self, queue: u16) {

@@ -59,6 +59,8 @@ struct GateState {
     want: Want,
     /// The thread waits at the gate, or has ended.
     parked: bool,
+    /// Lies here while the thread waits, for whoever wants to look at it.
+    vcpu: Option<Box<dyn Vcpu>>,
     /// The thread has ended, and another may have its number.
     ended: bool,
 }
@@ -77,9 +79,10 @@ impl Gate {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Waits as long as it is told to pause. Returns whether to go on.
-    fn pass(&self) -> bool {
+    /// Waits as long as it is told to pause. Returns the vCPU if it is to go on.
+    fn pass(&self, vcpu: Box<dyn Vcpu>) -> Option<Box<dyn Vcpu>> {
         let mut state = self.lock();
+        state.vcpu = Some(vcpu);
         while state.want == Want::Pause {
             if !state.parked {
                 state.parked = true;
@@ -88,7 +91,7 @@ impl Gate {
             state = self.changed.wait(state).unwrap_or_else(|e| e.into_inner());
         }
         state.parked = false;
-        state.want == Want::Run
+        state.vcpu.take().filter(|_| state.want == Want::Run)
     }
 
     fn set(&self, want: Want) {
@@ -133,7 +136,7 @@ impl VcpuThread {
         on_end: impl FnOnce(VcpuEnd) + Send + 'static,
     ) -> Result<Self, HvError> {
         let gate = Arc::new(Gate {
-            state: Mutex::new(GateState { want: Want::Run, parked: false, ended: false }),
+            state: Mutex::new(GateState { want: Want::Run, parked: false, vcpu: None, ended: false }),
             changed: Condvar::new(),
         });
         let (attached, attachment) = mpsc::channel();
@@ -144,7 +147,7 @@ impl VcpuThread {
                 let run = std::panic::AssertUnwindSafe(|| match vcpu.attach() {
                     Ok(kick) => {
                         _ = attached.send(Ok((kick, rustix::thread::gettid())));
-                        run(&mut *vcpu, &gate, &buses, &watch)
+                        run(vcpu, &gate, &buses, &watch)
                     }
                     Err(error) => {
                         _ = attached.send(Err(error));
@@ -152,7 +155,6 @@ impl VcpuThread {
                     }
                 });
                 let end = std::panic::catch_unwind(run).unwrap_or(VcpuEnd::Panicked);
-                drop(vcpu);
                 gate.end();
                 on_end(end);
             }
@@ -186,6 +188,11 @@ impl VcpuThread {
         thread_time(self.tid)
     }
 
+    /// Looks at a vCPU that stands still; `None` if it has ended.
+    pub fn with_parked<T>(&self, look: impl FnOnce(&dyn Vcpu) -> T) -> Option<T> {
+        self.gate.lock().vcpu.as_ref().map(|vcpu| look(&**vcpu))
+    }
+
     /// Lets a paused vCPU go on.
     pub fn resume(&self) {
         self.gate.set(Want::Run);
@@ -206,7 +213,7 @@ impl Drop for VcpuThread {
     }
 }
 
-fn run(vcpu: &mut dyn Vcpu, gate: &Gate, buses: &Buses, watch: &Watch) -> VcpuEnd {
+fn run(mut vcpu: Box<dyn Vcpu>, gate: &Gate, buses: &Buses, watch: &Watch) -> VcpuEnd {
     let mut first = true;
     loop {
         let exit = match vcpu.run() {
@@ -227,11 +234,10 @@ fn run(vcpu: &mut dyn Vcpu, gate: &Gate, buses: &Buses, watch: &Watch) -> VcpuEn
             }
             Exit::MmioRead { addr, data } => _ = buses.mmio.read(addr, data),
             Exit::MmioWrite { addr, data } => _ = buses.mmio.write(addr, data),
-            Exit::Interrupted => {
-                if !gate.pass() {
-                    return VcpuEnd::Told;
-                }
-            }
+            Exit::Interrupted => match gate.pass(vcpu) {
+                Some(again) => vcpu = again,
+                None => return VcpuEnd::Told,
+            },
             Exit::Shutdown => return VcpuEnd::Shutdown,
             Exit::Failed(failure) => return VcpuEnd::Failed(failure),
         }

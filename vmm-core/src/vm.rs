@@ -1,5 +1,7 @@
 //! The handle to a virtual machine, and the control thread behind it that owns its state.
 
+use std::fs::File;
+use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -15,8 +17,10 @@ use crate::diagnosis;
 use crate::event::{Events, Journal, What};
 use crate::exits::{ExitCount, ExitLog};
 use crate::hypervisor::HvError;
-use crate::machine::{Inbox, Machine, Milestones, Reported, Usage};
+use crate::machine::{Inbox, Machine, Milestones, Reported, Tracking, Usage};
 use crate::runner::{RunnerError, UnitHandle, UpdateFailed};
+use crate::snapshot::memory_file;
+use crate::snapshot::{Base, Captured, Draft, Snapshot, SnapshotFailed, SnapshotKind, SnapshotReport};
 use crate::spans;
 use crate::state::{IllegalTransition, StopReason, VmState};
 use crate::vcpu::VcpuEnd;
@@ -44,6 +48,9 @@ pub enum VmError {
     /// A device's configuration could not be changed.
     #[error(transparent)]
     Update(#[from] UpdateError),
+    /// A snapshot could not be made.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotFailed),
     /// The control thread has ended.
     #[error("the machine is gone")]
     Gone,
@@ -85,6 +92,14 @@ pub(crate) enum Command {
 pub(crate) enum Message {
     Command(Command, Sender<Result<(), VmError>>),
     Usage(Sender<Usage>),
+    /// Save the machine's state, and its memory to this file.
+    Capture {
+        memory: File,
+        kind: SnapshotKind,
+        reply: Sender<Result<Captured, VmError>>,
+    },
+    /// What was captured last is in this snapshot.
+    Captured(Base),
     /// Devices have put something into the inbox.
     Reported,
     VcpuEnded(u8, VcpuEnd),
@@ -152,6 +167,8 @@ pub struct Vm {
     console: Mutex<Option<ConsoleReader>>,
     devices: Vec<DeviceStatus>,
     exits: Vec<Arc<ExitLog>>,
+    /// One snapshot is made at a time.
+    snapshots: Mutex<()>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -159,6 +176,22 @@ impl Vm {
     /// Builds the machine that `config` describes.
     pub fn builder(config: VmConfig) -> VmBuilder {
         VmBuilder::new(config)
+    }
+
+    /// Prepares to build the machine that `snapshot` was made of. It is then [`VmState::Paused`], and
+    /// [`Self::resume`] lets it go on.
+    ///
+    /// ```no_run
+    /// use vmm_core::{Snapshot, Vm};
+    ///
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let vm = Vm::restore(Snapshot::open("web.snapshot".as_ref())?).build()?;
+    /// vm.resume()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn restore(snapshot: Snapshot) -> VmBuilder {
+        VmBuilder::of_snapshot(snapshot)
     }
 
     pub(crate) fn run(
@@ -173,14 +206,15 @@ impl Vm {
             kind: config.kind(),
             counters: unit.counters().clone(),
         };
+        let state = if machine.asleep.is_some() { VmState::Paused } else { VmState::Created };
         let devices = machine.units.iter().zip(&config.devices).map(device).collect();
         let shared = Arc::new(Shared {
-            state: Mutex::new(VmState::Created),
+            state: Mutex::new(state.clone()),
             changed: Condvar::new(),
             config: Mutex::new(config),
             journal: machine.journal.clone(),
         });
-        shared.journal.record(What::State(VmState::Created));
+        shared.journal.record(What::State(state));
         let console_input = machine.console_input.clone();
         let (control, exits) = (machine.control.clone(), machine.exits.clone());
         let thread = std::thread::Builder::new().name("vm-control".into()).spawn({
@@ -208,7 +242,17 @@ impl Vm {
             }
         })?;
         let console = Mutex::new(Some(console));
-        Ok(Self { control, shared, inbox, console_input, console, devices, exits, thread: Some(thread) })
+        Ok(Self {
+            control,
+            shared,
+            inbox,
+            console_input,
+            console,
+            devices,
+            exits,
+            snapshots: Mutex::default(),
+            thread: Some(thread),
+        })
     }
 
     fn command(&self, command: Command) -> Result<(), VmError> {
@@ -279,6 +323,30 @@ impl Vm {
     /// ```
     pub fn update(&self, name: &str, patch: Patch) -> Result<(), VmError> {
         self.command(Command::Update { name: name.into(), patch })
+    }
+
+    /// Saves the machine to the directory `to`, where there may be an older snapshot, which it replaces. A running machine
+    /// stands still meanwhile, and goes on whether or not it succeeds. Nothing is left behind after an error.
+    ///
+    /// ```no_run
+    /// # use vmm_core::{SnapshotKind, Vm};
+    /// # fn save(vm: &Vm) -> Result<(), vmm_core::VmError> {
+    /// let report = vm.snapshot("web.snapshot".as_ref(), SnapshotKind::Full)?;
+    /// println!("the guest stood still for {} us", report.paused.as_micros());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn snapshot(&self, to: &Path, kind: SnapshotKind) -> Result<SnapshotReport, VmError> {
+        let _one_at_a_time = self.snapshots.lock().unwrap_or_else(|e| e.into_inner());
+        let draft = Draft::begin(to)?;
+        let memory = draft.memory().map_err(VmError::Snapshot)?;
+        let (reply, answer) = mpsc::channel();
+        self.control.send(Message::Capture { memory, kind, reply }).map_err(|_| VmError::Gone)?;
+        let captured = answer.recv().map_err(|_| VmError::Gone)??;
+        let (report, base) = draft.finish(captured)?;
+        // It fails only when the machine has ended.
+        _ = self.control.send(Message::Captured(base));
+        Ok(report)
     }
 
     /// The machine's configuration, with what [`Self::update`] changed.
@@ -399,6 +467,8 @@ impl Control {
                     // The caller may have given up; without a machine, its channel ends.
                     _ = self.machine.as_ref().map(|machine| reply.send(machine.usage()));
                 }
+                Ok(Message::Capture { memory, kind, reply }) => _ = reply.send(self.capture(&memory, kind)),
+                Ok(Message::Captured(base)) => self.captured(base),
                 Ok(Message::Reported) => self.reported(),
                 Ok(Message::VcpuEnded(id, end)) => self.vcpu_ended(id, end),
                 Ok(Message::ThreadPanicked(name)) => {
@@ -471,6 +541,62 @@ impl Control {
             }
         }
         Ok(())
+    }
+
+    fn capture(&mut self, memory: &File, kind: SnapshotKind) -> Result<Captured, VmError> {
+        let machine = self.machine.as_mut().ok_or(VmError::Gone)?;
+        let config = self.shared.config().clone();
+        let running = match &*self.shared.lock() {
+            VmState::Running => true,
+            VmState::Paused => false,
+            state => return Err(SnapshotFailed::NotRunning { state: state.name() }.into()),
+        };
+        let start = Instant::now();
+        if running {
+            machine.pause()?;
+        }
+        let captured = Self::save(machine, memory, kind, config, self.inbox.exit_status());
+        if running {
+            machine.resume()?;
+        }
+        Ok(Captured { paused: start.elapsed(), ..captured? })
+    }
+
+    /// Saves a machine that stands still.
+    fn save(
+        machine: &mut Machine,
+        memory: &File,
+        kind: SnapshotKind,
+        config: VmConfig,
+        exit_status: Option<u8>,
+    ) -> Result<Captured, VmError> {
+        let sections = machine.save(exit_status).map_err(SnapshotFailed::Save)?;
+        machine.take_dirty_pages()?;
+        let diff = match (kind, &machine.tracking) {
+            (SnapshotKind::Full, _) => None,
+            (SnapshotKind::Diff, Some(Tracking { base: Some(base), pending })) => {
+                Some((base.clone(), pending.clone()))
+            }
+            (SnapshotKind::Diff, tracking) => {
+                let remedy = match tracking {
+                    Some(_) => "make a full snapshot first",
+                    None => "start it with --track-dirty",
+                };
+                return Err(SnapshotFailed::NoBase { remedy }.into());
+            }
+        };
+        let only = diff.as_ref().map(|(_, pages)| pages);
+        let written = memory_file::write(&machine.ram, only, memory)
+            .map_err(|source| SnapshotFailed::Io { action: "write", path: "memory".into(), source })?;
+        Ok(Captured { sections, written, config, paused: Duration::ZERO, diff })
+    }
+
+    /// The pages that were dirty when the machine was captured are in the snapshot `base`.
+    fn captured(&mut self, base: Base) {
+        if let Some(tracking) = self.machine.as_mut().and_then(|machine| machine.tracking.as_mut()) {
+            tracking.pending.clear();
+            tracking.base = Some(base);
+        }
     }
 
     fn reported(&mut self) {

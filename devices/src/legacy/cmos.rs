@@ -6,8 +6,11 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+
 use super::{answer, byte};
 use crate::model::BusDevice;
+use crate::snapshot::{Saved, Snapshot, SnapshotError, State};
 
 /// First I/O port: the index register; the data register follows.
 pub const PORT: u16 = 0x70;
@@ -65,6 +68,28 @@ impl Cmos {
             }
             _ => 0,
         }
+    }
+}
+
+/// The state for a snapshot. The time is the host's.
+#[derive(Serialize, Deserialize)]
+struct CmosState {
+    index: u8,
+}
+
+impl State for CmosState {
+    const VERSION: u16 = 1;
+}
+
+impl Snapshot for Cmos {
+    fn save(&self) -> Result<Saved, SnapshotError> {
+        Saved::of(&CmosState { index: self.index.load(Ordering::Relaxed) })
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), SnapshotError> {
+        let CmosState { index } = saved.get()?;
+        self.index.store(index & 0x7f, Ordering::Relaxed);
+        Ok(())
     }
 }
 

@@ -8,10 +8,12 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 
 use crate::model::{BusDevice, IrqLine, MachineEvent, MachineEvents};
+use crate::snapshot::{Saved, Snapshot, SnapshotError, State};
 
 /// First I/O port of COM1.
 pub const PORT: u16 = 0x3f8;
@@ -100,6 +102,71 @@ impl Uart {
     fn receives(&self) -> bool {
         let SerialState { interrupt_enable, modem_control, .. } = self.registers.state();
         interrupt_enable & IER_RECEIVE != 0 && modem_control & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2
+    }
+}
+
+/// The state of the port for a snapshot: vm-superio's, by the names of its fields.
+#[derive(Serialize, Deserialize)]
+struct PortState {
+    baud_divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    in_buffer: Vec<u8>,
+}
+
+impl State for PortState {
+    const VERSION: u16 = 1;
+}
+
+impl Snapshot for SerialPort {
+    fn save(&self) -> Result<Saved, SnapshotError> {
+        let state = self.lock().registers.state();
+        Saved::of(&PortState {
+            baud_divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.in_buffer,
+        })
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), SnapshotError> {
+        let saved: PortState = saved.get()?;
+        let state = SerialState {
+            baud_divisor_low: saved.baud_divisor[0],
+            baud_divisor_high: saved.baud_divisor[1],
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.in_buffer,
+        };
+        let mut uart = self.lock();
+        let line = Line(uart.registers.interrupt_evt().0.clone());
+        let before = uart.registers.writer_mut();
+        let output = OutputWatch {
+            output: std::mem::replace(&mut before.output, Box::new(io::sink())),
+            events: before.events.clone(),
+            begun: before.begun,
+            matched: 0,
+        };
+        uart.registers = Serial::from_state(&state, line, NoEvents, output)
+            .map_err(|_| SnapshotError::impossible("number of bytes in the serial port"))?;
+        // What has come in since cannot be known here, so it is asked for.
+        uart.refused = true;
+        Ok(())
     }
 }
 

@@ -3,6 +3,10 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
+use crate::snapshot::SnapshotError;
+
 /// Bytes of a configuration space.
 pub const SIZE: usize = 256;
 
@@ -44,6 +48,10 @@ pub struct Bar {
     /// Bytes, a power of two.
     pub size: u32,
 }
+
+/// The bytes of a configuration space, for a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigBytes(Vec<u8>);
 
 /// The configuration space of a function.
 #[derive(Clone, Debug)]
@@ -90,6 +98,25 @@ impl Config {
         self.writable[at + 2..][..writable.len()].copy_from_slice(writable);
         (self.link, self.next) = (at + 1, (at + 2 + body.len()).next_multiple_of(4));
         at
+    }
+
+    /// The state for a snapshot.
+    pub fn save(&self) -> ConfigBytes {
+        ConfigBytes(self.bytes.into())
+    }
+
+    /// Takes over what the guest wrote; the rest must be what it was.
+    pub fn restore(&mut self, saved: &ConfigBytes) -> Result<(), SnapshotError> {
+        let saved: &[u8; SIZE] =
+            saved.0[..].try_into().map_err(|_| SnapshotError::impossible("configuration space"))?;
+        let fixed = |bytes: &[u8; SIZE]| -> Vec<u8> {
+            bytes.iter().zip(&self.writable).map(|(byte, mask)| byte & !mask).collect()
+        };
+        if fixed(saved) != fixed(&self.bytes) {
+            return Err(SnapshotError::impossible("PCI function"));
+        }
+        self.bytes = *saved;
+        Ok(())
     }
 
     /// Sets bytes, whether or not the guest may.

@@ -2,7 +2,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
+
 use crate::model::MsiSender;
+use crate::snapshot::SnapshotError;
 
 /// Capability ID.
 pub const CAPABILITY: u8 = 0x11;
@@ -18,10 +21,12 @@ pub const CONTROL_WRITABLE: u16 = ENABLE | FUNCTION_MASK;
 const MASKED: u32 = 1;
 
 /// An entry of the table: message address, data, vector control.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Entry([u32; 4]);
 
-struct State {
+/// The state of the vectors, as it is in a snapshot too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixState {
     table: Vec<Entry>,
     /// Interrupts that wait until their vector is unmasked.
     pending: Vec<bool>,
@@ -30,7 +35,7 @@ struct State {
 
 /// A function's vectors.
 pub struct Msix {
-    state: Mutex<State>,
+    state: Mutex<MsixState>,
     sender: Arc<dyn MsiSender>,
 }
 
@@ -38,12 +43,28 @@ impl Msix {
     /// `vectors` (1 to 2048) masked vectors, and MSI-X off. Messages go to `sender`.
     pub fn new(vectors: u16, sender: Arc<dyn MsiSender>) -> Self {
         let table = vec![Entry([0, 0, 0, MASKED]); vectors.into()];
-        let state = State { pending: vec![false; table.len()], table, control: 0 };
+        let state = MsixState { pending: vec![false; table.len()], table, control: 0 };
         Self { state: Mutex::new(state), sender }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, MsixState> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The state for a snapshot.
+    pub fn save(&self) -> MsixState {
+        self.state().clone()
+    }
+
+    /// Takes over a saved state.
+    pub fn restore(&self, saved: &MsixState) -> Result<(), SnapshotError> {
+        let mut state = self.state();
+        SnapshotError::unless_same("MSI-X vectors", saved.table.len(), state.table.len())?;
+        if saved.pending.len() != saved.table.len() {
+            return Err(SnapshotError::impossible("number of pending bits"));
+        }
+        state.clone_from(saved);
+        Ok(())
     }
 
     /// What follows the link of the capability, for a table and a PBA in BAR 0 at these offsets.
@@ -74,7 +95,7 @@ impl Msix {
     }
 
     /// Sends what is pending on `vector`, unless it is masked.
-    fn deliver(&self, state: &mut State, vector: usize) {
+    fn deliver(&self, state: &mut MsixState, vector: usize) {
         let Entry([low, high, data, control]) = state.table[vector];
         let open = state.control & CONTROL_WRITABLE == ENABLE && control & MASKED == 0;
         if open && std::mem::take(&mut state.pending[vector]) {

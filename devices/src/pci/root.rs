@@ -4,9 +4,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
+
 use super::Function;
 use super::config::{self, Config, Id};
 use crate::model::BusDevice;
+use crate::snapshot::{Saved, Snapshot, SnapshotError, State};
 
 /// Most functions besides the host bridge: a bus has 32 devices.
 pub const MAX_FUNCTIONS: usize = 31;
@@ -103,6 +106,28 @@ impl Ports {
 /// An access of `width` bytes at `offset` stays within the window.
 fn in_window(offset: u64, width: usize) -> bool {
     (DATA..END).contains(&offset) && offset + width as u64 <= END
+}
+
+/// The state of the ports for a snapshot.
+#[derive(Serialize, Deserialize)]
+struct PortsState {
+    address: u32,
+}
+
+impl State for PortsState {
+    const VERSION: u16 = 1;
+}
+
+impl Snapshot for Ports {
+    fn save(&self) -> Result<Saved, SnapshotError> {
+        Saved::of(&PortsState { address: self.address.load(Ordering::Relaxed) })
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), SnapshotError> {
+        let PortsState { address } = saved.get()?;
+        self.address.store(address & ADDRESS_BITS, Ordering::Relaxed);
+        Ok(())
+    }
 }
 
 impl BusDevice for Ports {

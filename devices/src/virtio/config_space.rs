@@ -4,12 +4,21 @@ use std::ops::Range;
 use std::sync::RwLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
+
 /// The bytes of a configuration space, with the generation count that lets a driver read it consistently.
 #[derive(Debug)]
 pub struct ConfigSpace {
     bytes: RwLock<Box<[u8]>>,
     generation: AtomicU32,
     writable: Range<usize>,
+}
+
+/// The state of a configuration space.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConfigState {
+    bytes: Vec<u8>,
+    generation: u32,
 }
 
 impl ConfigSpace {
@@ -54,6 +63,25 @@ impl ConfigSpace {
         let mut bytes = self.bytes.write().unwrap_or_else(|e| e.into_inner());
         change(&mut bytes);
         self.generation.fetch_add(1, Ordering::Release);
+    }
+
+    /// The state for a snapshot.
+    pub fn save(&self) -> ConfigState {
+        let bytes = self.bytes.read().unwrap_or_else(|e| e.into_inner()).to_vec();
+        ConfigState { bytes, generation: self.generation() }
+    }
+
+    /// Takes over what the driver wrote. What only the device writes is what it is now: another size or MAC address than
+    /// in the snapshot moves the generation. Returns whether there is such a difference.
+    pub fn restore(&self, saved: &ConfigState) -> bool {
+        let mut bytes = self.bytes.write().unwrap_or_else(|e| e.into_inner());
+        let writable = self.writable();
+        if let (Some(to), Some(from)) = (bytes.get_mut(writable.clone()), saved.bytes.get(writable)) {
+            to.copy_from_slice(from);
+        }
+        let differs = **bytes != *saved.bytes;
+        self.generation.store(saved.generation.wrapping_add(differs.into()), Ordering::Release);
+        differs
     }
 
     /// ConfigGeneration, virtio 1.3 §2.5.2.

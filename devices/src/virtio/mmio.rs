@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
+use ciborium::Value;
+
 use super::registers::Ring;
 use super::transport::{Cause, Core, Interrupts, Signal};
 use crate::model::{BusDevice, DeviceHost, Identity, IrqLine};
+use crate::snapshot::{Saved, Snapshot, SnapshotError};
 
 /// Bytes of address space of one device.
 pub const SIZE: u64 = 0x1000;
@@ -31,14 +34,13 @@ pub type MmioNotifier = Interrupts<Arc<dyn IrqLine>>;
 
 /// The register file of one device.
 pub struct MmioTransport {
-    device_id: u32,
     core: Core<Arc<dyn IrqLine>>,
 }
 
 impl MmioTransport {
     /// The transport of the device with this identity, which has already moved to its `host`.
     pub fn of(device: Identity, notifier: Arc<MmioNotifier>, host: Arc<dyn DeviceHost>) -> Self {
-        Self { device_id: device.id, core: Core::new(device, notifier, host) }
+        Self { core: Core::new(device, notifier, host) }
     }
 
     fn read_register(&self, offset: u64) -> u32 {
@@ -46,7 +48,7 @@ impl MmioTransport {
         match offset {
             0x00 => MAGIC,
             0x04 => VERSION,
-            0x08 => self.device_id,
+            0x08 => core.device_id(),
             0x0c => VENDOR_ID,
             0x10 => core.registers().device_features(),
             0x34 => core.registers().queue().map_or(0, |queue| queue.max_size.into()),
@@ -77,6 +79,16 @@ impl MmioTransport {
             0xa0 | 0xa4 => core.registers().write_queue_address(Ring::Device, offset == 0xa4, value),
             _ => core.odd_write(offset, "a virtio-mmio register that does not exist"),
         }
+    }
+}
+
+impl Snapshot for MmioTransport {
+    fn save(&self) -> Result<Saved, SnapshotError> {
+        self.core.save(Value::Null)
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), SnapshotError> {
+        self.core.restore(saved, |_| Ok(()))
     }
 }
 

@@ -6,14 +6,16 @@
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET};
 
 use super::registers::{Registers, Ring};
 use super::transport::{Cause, Core, INTERRUPT_CONFIG, INTERRUPT_USED, Interrupts, Signal};
 use crate::model::{BusDevice, DeviceHost, Identity, MsiSender};
 use crate::pci::Function;
-use crate::pci::config::{Bar, Config, Id};
-use crate::pci::msix::{self, Msix};
+use crate::pci::config::{Bar, Config, ConfigBytes, Id};
+use crate::pci::msix::{self, Msix, MsixState};
+use crate::snapshot::{Saved, Snapshot, SnapshotError, from_value, to_value};
 
 /// Bytes of the BAR of one device.
 pub const SIZE: u64 = 0x8000;
@@ -104,6 +106,14 @@ impl PciNotifier {
         let assigned = (0..=queues).map(|_| AtomicU16::new(NO_VECTOR)).collect();
         Self::new(Vectors { msix: Msix::new(count, sender), assigned, count })
     }
+}
+
+/// What a snapshot keeps of this transport.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct PciState {
+    config: ConfigBytes,
+    msix: MsixState,
+    vectors: Vec<u16>,
 }
 
 /// The function and the register file of one device. As a [`BusDevice`] it answers on its BAR.
@@ -288,6 +298,33 @@ fn class(device_id: u32) -> u32 {
         VIRTIO_ID_BLOCK => 0x01_8000,
         VIRTIO_ID_CONSOLE => 0x07_8000,
         _ => 0xff_0000,
+    }
+}
+
+impl Snapshot for PciTransport {
+    fn save(&self) -> Result<Saved, SnapshotError> {
+        let vectors = self.vectors();
+        self.core.save(to_value(&PciState {
+            config: self.config().save(),
+            msix: vectors.msix.save(),
+            vectors: vectors.assigned.iter().map(|vector| vector.load(Ordering::SeqCst)).collect(),
+        })?)
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), SnapshotError> {
+        self.core.restore(saved, |transport| {
+            let saved: PciState = from_value(transport)?;
+            let vectors = self.vectors();
+            SnapshotError::unless_same("queues", saved.vectors.len(), vectors.assigned.len())?;
+            vectors.msix.restore(&saved.msix)?;
+            for (assigned, &vector) in vectors.assigned.iter().zip(&saved.vectors) {
+                assigned.store(if vector < vectors.count { vector } else { NO_VECTOR }, Ordering::SeqCst);
+            }
+            let mut config = self.config();
+            config.restore(&saved.config)?;
+            self.decodes.store(config.decodes_memory(), Ordering::SeqCst);
+            Ok(())
+        })
     }
 }
 

@@ -7,6 +7,7 @@
 use std::sync::atomic::{Ordering, fence};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
@@ -15,13 +16,14 @@ use super::buffers::Buffers;
 use super::patience::Patience;
 use crate::GuestMemory;
 use crate::model::ActivateError;
+use crate::snapshot::SnapshotError;
 use crate::throttle::Throttle;
 
 /// Longest chain in descriptors that a device accepts: what one vectored system call takes (IOV_MAX).
 pub const MAX_CHAIN: usize = 1024;
 
 /// What a driver writes to a transport about one queue before it starts the device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueConfig {
     /// Largest size in descriptors on offer.
     pub max_size: u16,
@@ -53,7 +55,8 @@ impl QueueConfig {
 }
 
 /// A way in which the driver broke a queue beyond use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Fault {
     /// The available index ran ahead by more than the queue's size.
     AvailIndex,
@@ -92,6 +95,25 @@ pub struct QueueCore {
     waits: u64,
 }
 
+/// The state of an active queue for a snapshot: all that is neither in its configuration nor in guest memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueState {
+    next_avail: u16,
+    next_used: u16,
+    announced: u16,
+    pushed: bool,
+    /// Head indices that the device holds.
+    in_flight: Vec<u16>,
+    fault: Option<Fault>,
+}
+
+/// A [`Head`] that a device holds for longer than a request, for a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldHead {
+    index: u16,
+    writable: u32,
+}
+
 /// The head of a chain that the device holds: handed back exactly once, in [`VirtQueue::push`].
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "a head that is not pushed is lost to the driver"]
@@ -99,6 +121,13 @@ pub struct Head {
     index: u16,
     epoch: u32,
     writable: u32,
+}
+
+impl Head {
+    /// What a snapshot keeps of it; [`VirtQueue::hold_again`] makes a head of it.
+    pub fn save(&self) -> HeldHead {
+        HeldHead { index: self.index, writable: self.writable }
+    }
 }
 
 /// A chain of buffers that the driver made available.
@@ -159,6 +188,34 @@ impl QueueCore {
             throttled: false,
             waits: 0,
         })
+    }
+
+    /// The state for a snapshot.
+    pub fn save(&self) -> QueueState {
+        let is_held = |&index: &u16| self.in_flight[usize::from(index / 64)] & 1 << (index % 64) != 0;
+        QueueState {
+            next_avail: self.ring.next_avail(),
+            next_used: self.ring.next_used(),
+            announced: self.announced,
+            pushed: self.pushed,
+            in_flight: (0..self.ring.size()).filter(is_held).collect(),
+            fault: self.fault,
+        }
+    }
+
+    /// Takes over the state of a queue with the same configuration.
+    pub fn restore(&mut self, saved: &QueueState) -> Result<(), SnapshotError> {
+        self.ring.set_next_avail(saved.next_avail);
+        self.ring.set_next_used(saved.next_used);
+        (self.announced, self.pushed, self.fault) = (saved.announced, saved.pushed, saved.fault);
+        for &index in &saved.in_flight {
+            if index >= self.ring.size() {
+                return Err(SnapshotError::impossible("head index"));
+            }
+            let (word, bit) = self.flight_bit(index);
+            *word |= bit;
+        }
+        Ok(())
     }
 
     /// Makes it subject to throttle number `lane` of those that [`Queues::lend_throttled`] is given.
@@ -470,6 +527,19 @@ impl<'a> VirtQueue<'a> {
     /// More than the chain has room for is never reported. A head from before a reset is ignored.
     pub fn push(&mut self, head: Head, written: u32) {
         self.core.push(self.mem, head, written);
+    }
+
+    /// A head that the device held when its snapshot was made, and holds again.
+    pub fn hold_again(&mut self, held: HeldHead) -> Result<Head, SnapshotError> {
+        let HeldHead { index, writable } = held;
+        let is_held = index < self.core.ring.size() && {
+            let (word, bit) = self.core.flight_bit(index);
+            *word & bit != 0
+        };
+        match is_held {
+            true => Ok(Head { index, epoch: self.core.epoch, writable }),
+            false => Err(SnapshotError::impossible("head in flight")),
+        }
     }
 
     /// One operation of so many bytes: to be called once for each request or packet, as soon as its size is known,

@@ -4,8 +4,11 @@
 //! nowhere else: what a driver writes out of turn is dropped, so that an active device's queues and features
 //! cannot change under it.
 
+use serde::{Deserialize, Serialize};
+
 use super::queue::QueueConfig;
 use super::{F_VERSION_1, RING_FEATURES};
+use crate::snapshot::SnapshotError;
 
 bitflags::bitflags! {
     /// Device status, virtio 1.3 §2.1.
@@ -63,6 +66,17 @@ pub struct Registers {
     pub driver_features_sel: u32,
     /// Selects the queue that queue registers act on; may be out of range.
     pub queue_sel: u32,
+}
+
+/// The state of [`Registers`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RegistersState {
+    offered: u64,
+    accepted: u64,
+    status: u8,
+    queues: Vec<QueueConfig>,
+    /// Halves of the offered and of the accepted features, and the queue.
+    selected: [u32; 3],
 }
 
 impl Registers {
@@ -197,6 +211,44 @@ impl Registers {
     /// The device could not be started, or cannot go on.
     pub fn activation_failed(&mut self) {
         self.status |= Status::DEVICE_NEEDS_RESET;
+    }
+
+    /// The state for a snapshot.
+    pub fn save(&self) -> RegistersState {
+        RegistersState {
+            offered: self.offered,
+            accepted: self.accepted,
+            status: self.status.bits(),
+            queues: self.queues.clone(),
+            selected: [self.device_features_sel, self.driver_features_sel, self.queue_sel],
+        }
+    }
+
+    /// Takes over a saved state. The device may offer more than it did then, which its driver does not hear of; what the
+    /// driver uses must still be there.
+    pub fn restore(&mut self, saved: RegistersState) -> Result<(), SnapshotError> {
+        let missing = saved.accepted & !self.offered;
+        if missing != 0 {
+            let [saved, found] = [saved.accepted, self.offered].map(|bits| format!("{bits:#x}"));
+            return Err(SnapshotError::Differs { what: "the feature bits", saved, found });
+        }
+        let sizes = |queues: &[QueueConfig]| {
+            queues.iter().map(|queue| queue.max_size.to_string()).collect::<Vec<_>>().join(", ")
+        };
+        SnapshotError::unless_same("queues of the sizes", sizes(&saved.queues), sizes(&self.queues))?;
+        let status =
+            Status::from_bits(saved.status).ok_or_else(|| SnapshotError::impossible("device status"))?;
+        let driven = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK;
+        if saved.accepted & !saved.offered != 0
+            || (status.contains(Status::FEATURES_OK) && saved.accepted & F_VERSION_1 == 0)
+            || (status.contains(Status::DRIVER_OK) && !status.contains(driven))
+        {
+            return Err(SnapshotError::impossible("device status"));
+        }
+        self.offered &= saved.offered;
+        (self.accepted, self.status, self.queues) = (saved.accepted, status, saved.queues);
+        [self.device_features_sel, self.driver_features_sel, self.queue_sel] = saved.selected;
+        Ok(())
     }
 
     fn reset(&mut self) {

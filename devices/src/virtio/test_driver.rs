@@ -12,11 +12,12 @@ use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
 use super::F_VERSION_1;
 use super::queue::QueueConfig;
 use super::test_wire::{Interrupts, Kind, Signals, Wire};
-use super::unit::Unit;
+use super::unit::{Unit, UnitState};
 use crate::GuestMemory;
 use crate::model::{
     ActivateError, BusDevice, Counters, DeviceHost, Identity, Progress, UpdateError, VirtioDevice,
 };
+use crate::snapshot::SnapshotError;
 use crate::throttle::Limits;
 
 /// The two regions of guest memory, with a hole between them.
@@ -90,6 +91,16 @@ impl DeviceHost for Host {
 
     fn reset(&self) {
         self.unit().reset();
+    }
+
+    fn save(&self) -> Result<UnitState, SnapshotError> {
+        let mut unit = self.unit();
+        unit.drain();
+        unit.save()
+    }
+
+    fn restore(&self, saved: &UnitState, features: u64, queues: &[QueueConfig]) -> Result<(), SnapshotError> {
+        self.unit().restore(saved, features, queues)
     }
 
     fn kick(&self, queue: u16) {

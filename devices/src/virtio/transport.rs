@@ -4,11 +4,15 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use ciborium::Value;
+use serde::{Deserialize, Serialize};
 use tracing::debug;
 
 use super::config_space::ConfigSpace;
-use super::registers::{Registers, Status, StatusAction};
+use super::registers::{Registers, RegistersState, Status, StatusAction};
+use super::unit::UnitState;
 use crate::model::{DeviceHost, Identity, Notifier};
+use crate::snapshot::{Saved, SnapshotError, State};
 use crate::throttle::LogLimit;
 
 /// Interrupt status: buffers were used (virtio 1.3 §4.1.4.5, §4.2.2).
@@ -89,8 +93,25 @@ impl<S: Signal> Notifier for Interrupts<S> {
     }
 }
 
+/// The state of a device with its transport, for a snapshot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DeviceState {
+    device_id: u32,
+    registers: RegistersState,
+    interrupt_status: u32,
+    needs_reset: bool,
+    /// What only this transport has.
+    transport: Value,
+    unit: UnitState,
+}
+
+impl State for DeviceState {
+    const VERSION: u16 = 1;
+}
+
 /// A device as every transport shows it.
 pub struct Core<S> {
+    device_id: u32,
     registers: Mutex<Registers>,
     config: Arc<ConfigSpace>,
     interrupts: Arc<Interrupts<S>>,
@@ -102,12 +123,46 @@ impl<S: Signal> Core<S> {
     /// The device with this identity, which has already moved to its `host`.
     pub fn new(device: Identity, interrupts: Arc<Interrupts<S>>, host: Arc<dyn DeviceHost>) -> Self {
         Self {
+            device_id: device.id,
             registers: Mutex::new(Registers::new(device.features, &device.queue_sizes)),
             config: device.config,
             interrupts,
             host,
             log: LogLimit::default(),
         }
+    }
+
+    /// The device's ID.
+    pub fn device_id(&self) -> u32 {
+        self.device_id
+    }
+
+    /// The state for a snapshot; `transport` is what only this transport has.
+    pub fn save(&self, transport: Value) -> Result<Saved, SnapshotError> {
+        Saved::of(&DeviceState {
+            device_id: self.device_id,
+            registers: self.registers().save(),
+            interrupt_status: self.interrupts.status(),
+            needs_reset: self.interrupts.needs_reset.load(Ordering::SeqCst),
+            transport,
+            unit: self.host.save()?,
+        })
+    }
+
+    /// Takes over a saved state; `transport` is called with what only this transport has.
+    pub fn restore(
+        &self,
+        saved: &Saved,
+        transport: impl FnOnce(Value) -> Result<(), SnapshotError>,
+    ) -> Result<(), SnapshotError> {
+        let saved: DeviceState = saved.get()?;
+        SnapshotError::unless_same("a device of the type", saved.device_id, self.device_id)?;
+        transport(saved.transport)?;
+        self.interrupts.status.store(saved.interrupt_status, Ordering::SeqCst);
+        self.interrupts.needs_reset.store(saved.needs_reset, Ordering::SeqCst);
+        let mut registers = self.registers();
+        registers.restore(saved.registers)?;
+        self.host.restore(&saved.unit, registers.features(), registers.queues())
     }
 
     /// The registers, for anything but the status.

@@ -6,16 +6,20 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use ciborium::Value;
+use serde::{Deserialize, Serialize};
 use tracing::debug;
 
 use super::F_EVENT_IDX;
-use super::config_space::ConfigSpace;
-use super::queue::{QueueConfig, QueueCore, Queues};
+use super::config_space::{ConfigSpace, ConfigState};
+use super::queue::{QueueConfig, QueueCore, QueueState, Queues};
 use crate::GuestMemory;
 use crate::model::{ActivateError, Counters, HostSource, Notifier, Progress, UpdateError, VirtioDevice};
-use crate::throttle::{Limits, LogLimit, Throttle};
+use crate::snapshot::SnapshotError;
+use crate::throttle::{Limits, LogLimit, Throttle, ThrottleState};
 
 /// How often a queue that fills as fast as it is served is served in one turn.
 const ROUNDS: usize = 4;
@@ -40,6 +44,19 @@ pub struct Unit {
     /// Tells this activation from the others.
     epoch: u32,
     log: LogLimit,
+}
+
+/// The state of a unit for a snapshot.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct UnitState {
+    /// None while the device is not active.
+    queues: Option<Vec<QueueState>>,
+    throttles: Vec<ThrottleState>,
+    broken: bool,
+    config: ConfigState,
+    counters: Vec<(String, u64)>,
+    /// See [`VirtioDevice::save`].
+    device: Value,
 }
 
 impl Unit {
@@ -102,6 +119,59 @@ impl Unit {
         self.device.reset();
         self.cores.clear();
         self.broken = false;
+    }
+
+    /// The state for a snapshot. The device is drained.
+    pub fn save(&self) -> Result<UnitState, SnapshotError> {
+        let counters =
+            self.counters.common().map(|(name, counter)| (name.to_owned(), counter.load(Ordering::Relaxed)));
+        Ok(UnitState {
+            queues: self.is_active().then(|| self.cores.iter().map(QueueCore::save).collect()),
+            throttles: self.throttles.iter().map(Throttle::save).collect(),
+            broken: self.broken,
+            config: self.config.save(),
+            counters: counters.into(),
+            device: self.device.save()?,
+        })
+    }
+
+    /// Takes over the state of a device whose driver had negotiated `features` and set up `queues`.
+    pub fn restore(
+        &mut self,
+        saved: &UnitState,
+        features: u64,
+        queues: &[QueueConfig],
+    ) -> Result<(), SnapshotError> {
+        for (name, counter) in self.counters.common() {
+            let value = saved.counters.iter().find(|(saved, _)| saved == name);
+            counter.store(value.map_or(0, |&(_, value)| value), Ordering::Relaxed);
+        }
+        self.throttles.iter_mut().zip(&saved.throttles).for_each(|(throttle, saved)| throttle.restore(saved));
+        let told = self.config.generation();
+        let differs = self.config.restore(&saved.config);
+        let Some(states) = &saved.queues else { return Ok(()) };
+        if states.len() != queues.len() {
+            return Err(SnapshotError::impossible("number of queues"));
+        }
+        self.activate(features, queues).map_err(|error| SnapshotError::Malformed(error.to_string()))?;
+        self.cores.iter_mut().zip(states).try_for_each(|(core, state)| core.restore(state))?;
+        self.broken = saved.broken;
+        let (device, mut queues) = self.lend();
+        device.restore(&mut queues, saved.device.clone())?;
+        if differs {
+            // The driver hears of it in the first turn.
+            self.generation = told;
+        }
+        Ok(())
+    }
+
+    /// Tells the driver of everything that it may not have heard of. An interrupt too many does no harm, and one that
+    /// was on its way when a snapshot was made is in no saved state.
+    pub fn announce(&mut self) {
+        if self.is_active() {
+            (0u16..).take(self.cores.len()).for_each(|queue| self.notifier.queue_used(queue));
+            self.settle();
+        }
     }
 
     fn lend(&mut self) -> (&mut dyn VirtioDevice, Queues<'_>) {

@@ -8,6 +8,7 @@ use devices::model::{IrqLine, MsiSender};
 use kvm_bindings::{CpuId, kvm_fpu, kvm_lapic_state, kvm_regs, kvm_sregs};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::saved::{IrqchipState, VcpuClock, VcpuState};
 use super::{Exit, HvError, HvVm, Hypervisor, Kick, Vcpu, VcpuFailure};
 use crate::memory::GuestRam;
 
@@ -156,6 +157,31 @@ impl HvVm for FakeVm {
         self.shared.ioeventfds.lock().unwrap_or_else(|e| e.into_inner()).push((addr, value, event));
         Ok(())
     }
+
+    fn save_irqchip(&self, _pit: bool) -> Result<IrqchipState, HvError> {
+        Ok(IrqchipState { chips: Vec::new(), pit: None })
+    }
+
+    fn restore_irqchip(&self, _saved: &IrqchipState) -> Result<(), HvError> {
+        Ok(())
+    }
+
+    fn clock(&self) -> Result<u64, HvError> {
+        Ok(0)
+    }
+
+    fn set_clock(&self, _nanos: u64) -> Result<(), HvError> {
+        Ok(())
+    }
+
+    fn log_dirty_pages(&self, _on: bool) -> Result<(), HvError> {
+        Ok(())
+    }
+
+    fn take_dirty_pages(&self, _slot: u32, len: u64) -> Result<Vec<u64>, HvError> {
+        // A script writes what it likes.
+        Ok(vec![u64::MAX; (len / 4096).div_ceil(64) as usize])
+    }
 }
 
 #[derive(Default)]
@@ -247,6 +273,39 @@ impl Vcpu for FakeVcpu {
 
     fn set_lapic(&mut self, lapic: &kvm_lapic_state) -> Result<(), HvError> {
         self.lapic = *lapic;
+        Ok(())
+    }
+
+    fn save(&self) -> Result<VcpuState, HvError> {
+        Ok(VcpuState {
+            cpuid: Vec::new(),
+            mp_state: Default::default(),
+            regs: self.regs,
+            sregs: self.sregs,
+            xsave: Default::default(),
+            xcrs: Default::default(),
+            debug_regs: Default::default(),
+            lapic: self.lapic,
+            msrs: Vec::new(),
+            events: Default::default(),
+            tsc_khz: 1_000_000,
+        })
+    }
+
+    fn restore(&mut self, saved: &VcpuState) -> Result<(), HvError> {
+        (self.regs, self.sregs, self.lapic) = (saved.regs, saved.sregs, saved.lapic);
+        Ok(())
+    }
+
+    fn tsc_khz(&self) -> Result<u32, HvError> {
+        Ok(1_000_000)
+    }
+
+    fn clock(&self) -> Result<VcpuClock, HvError> {
+        Ok(VcpuClock { tsc: 0, deadline: 0 })
+    }
+
+    fn set_clock(&mut self, _clock: VcpuClock) -> Result<(), HvError> {
         Ok(())
     }
 

@@ -10,9 +10,10 @@ use std::sync::{Arc, OnceLock};
 
 use devices::model::{IrqLine, MsiSender};
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_INTERNAL_ERROR_EMULATION, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, Msrs,
-    kvm_fpu, kvm_lapic_state, kvm_msi, kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_sregs,
-    kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_INTERNAL_ERROR_EMULATION, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_MEM_READONLY, Msrs, kvm_clock_data, kvm_fpu, kvm_irqchip, kvm_lapic_state, kvm_msi, kvm_msr_entry,
+    kvm_pit_config, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
 use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
@@ -20,6 +21,7 @@ use tracing::debug;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
+use super::saved::{IrqchipState, VcpuClock, VcpuState};
 use super::{Exit, HvError, HvVm, Hypervisor, Kick, Vcpu, VcpuFailure};
 use crate::memory::GuestRam;
 use crate::x86_64::layout;
@@ -78,7 +80,7 @@ fn failed(call: &'static str) -> impl Fn(kvm_ioctls::Error) -> HvError {
 
 /// `/dev/kvm`.
 pub struct KvmHypervisor {
-    kvm: Kvm,
+    kvm: Arc<Kvm>,
 }
 
 impl KvmHypervisor {
@@ -91,7 +93,7 @@ impl KvmHypervisor {
         }
         match CAPABILITIES.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
             Some((_, capability)) => Err(HvError::Capability { capability }),
-            None => Ok(Self { kvm }),
+            None => Ok(Self { kvm: Arc::new(kvm) }),
         }
     }
 }
@@ -101,7 +103,9 @@ impl Hypervisor for KvmHypervisor {
         // KVM_CREATE_VM is interrupted by signals that arrive in the middle of it.
         loop {
             match self.kvm.create_vm() {
-                Ok(fd) => return Ok(Arc::new(KvmVm { fd, ram: Arc::default() })),
+                Ok(fd) => {
+                    return Ok(Arc::new(KvmVm { fd, kvm: self.kvm.clone(), ram: Arc::default() }));
+                }
                 Err(error) if error.errno() == libc::EINTR => {}
                 Err(error) => return Err(failed("KVM_CREATE_VM")(error)),
             }
@@ -115,6 +119,7 @@ impl Hypervisor for KvmHypervisor {
 
 struct KvmVm {
     fd: VmFd,
+    kvm: Arc<Kvm>,
     /// Keeps the guest's memory mapped as long as this VM or one of its vCPUs lives.
     ram: Arc<OnceLock<GuestRam>>,
 }
@@ -167,19 +172,7 @@ impl HvVm for KvmVm {
         if self.ram.set(ram.clone()).is_err() {
             return Err(HvError::call("KVM_SET_USER_MEMORY_REGION", libc::EEXIST));
         }
-        for (slot, region) in ram.slots().enumerate() {
-            let region = kvm_userspace_memory_region {
-                slot: slot as u32,
-                flags: if region.read_only { KVM_MEM_READONLY } else { 0 },
-                guest_phys_addr: region.guest_addr,
-                memory_size: region.len,
-                userspace_addr: region.host_addr,
-            };
-            // SAFETY: the range is a mapping of `ram`'s, of which this VM and its vCPUs keep a clone.
-            unsafe { self.fd.set_user_memory_region(region) }
-                .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
-        }
-        Ok(())
+        self.set_slots(ram, 0)
     }
 
     fn create_irqchip(&self, pit: bool) -> Result<(), HvError> {
@@ -195,7 +188,7 @@ impl HvVm for KvmVm {
 
     fn create_vcpu(&self, id: u8) -> Result<Box<dyn Vcpu>, HvError> {
         let fd = self.fd.create_vcpu(id.into()).map_err(failed("KVM_CREATE_VCPU"))?;
-        Ok(Box::new(KvmVcpu { fd, _ram: self.ram.clone() }))
+        Ok(Box::new(KvmVcpu { fd, kvm: self.kvm.clone(), _ram: self.ram.clone() }))
     }
 
     fn irq_line(&self, gsi: u32) -> Result<Arc<dyn IrqLine>, HvError> {
@@ -217,10 +210,68 @@ impl HvVm for KvmVm {
         }
         .map_err(failed("KVM_IOEVENTFD"))
     }
+
+    fn save_irqchip(&self, pit: bool) -> Result<IrqchipState, HvError> {
+        let chips = IRQCHIPS.map(|chip_id| {
+            let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+            self.fd.get_irqchip(&mut chip).map_err(failed("KVM_GET_IRQCHIP")).map(|()| chip)
+        });
+        let pit = pit.then(|| self.fd.get_pit2().map_err(failed("KVM_GET_PIT2"))).transpose()?;
+        Ok(IrqchipState { chips: chips.into_iter().collect::<Result<_, _>>()?, pit })
+    }
+
+    fn restore_irqchip(&self, saved: &IrqchipState) -> Result<(), HvError> {
+        saved
+            .chips
+            .iter()
+            .try_for_each(|chip| self.fd.set_irqchip(chip).map_err(failed("KVM_SET_IRQCHIP")))?;
+        saved.pit.iter().try_for_each(|pit| self.fd.set_pit2(pit).map_err(failed("KVM_SET_PIT2")))
+    }
+
+    fn clock(&self) -> Result<u64, HvError> {
+        Ok(self.fd.get_clock().map_err(failed("KVM_GET_CLOCK"))?.clock)
+    }
+
+    fn set_clock(&self, nanos: u64) -> Result<(), HvError> {
+        let clock = kvm_clock_data { clock: nanos, ..Default::default() };
+        self.fd.set_clock(&clock).map_err(failed("KVM_SET_CLOCK"))
+    }
+
+    fn log_dirty_pages(&self, on: bool) -> Result<(), HvError> {
+        let ram = self.ram.get().ok_or_else(|| HvError::call("KVM_SET_USER_MEMORY_REGION", libc::EINVAL))?;
+        self.set_slots(ram, if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 })
+    }
+
+    fn take_dirty_pages(&self, slot: u32, len: u64) -> Result<Vec<u64>, HvError> {
+        self.fd.get_dirty_log(slot, len as usize).map_err(failed("KVM_GET_DIRTY_LOG"))
+    }
+}
+
+/// The interrupt controllers in the kernel.
+const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
+
+impl KvmVm {
+    /// Sets all memory slots, with these flags besides their own.
+    fn set_slots(&self, ram: &GuestRam, flags: u32) -> Result<(), HvError> {
+        for (slot, region) in ram.slots().enumerate() {
+            let region = kvm_userspace_memory_region {
+                slot: slot as u32,
+                flags: if region.read_only { KVM_MEM_READONLY } else { flags },
+                guest_phys_addr: region.guest_addr,
+                memory_size: region.len,
+                userspace_addr: region.host_addr,
+            };
+            // SAFETY: the range is a mapping of `ram`'s, of which this VM and its vCPUs keep a clone.
+            unsafe { self.fd.set_user_memory_region(region) }
+                .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        Ok(())
+    }
 }
 
 struct KvmVcpu {
     fd: VcpuFd,
+    kvm: Arc<Kvm>,
     _ram: Arc<OnceLock<GuestRam>>,
 }
 
@@ -309,6 +360,82 @@ impl KvmVcpu {
     }
 }
 
+/// Time stamp counter, and the local APIC timer's deadline on it (SDM vol. 4).
+const MSR_IA32_TSC: u32 = 0x10;
+const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
+/// Memory type ranges (SDM vol. 3, 12.11), which KVM_GET_MSR_INDEX_LIST leaves out before Linux 6.8.
+const MTRRS: [std::ops::RangeInclusive<u32>; 5] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
+
+/// Frequencies that differ by less than this many millionths are the same one, measured twice.
+const TSC_TOLERANCE: u64 = 250;
+
+impl KvmVcpu {
+    /// The values of these registers, without those that this KVM does not have.
+    fn msrs(&self, indices: &[u32]) -> Result<Vec<(u32, u64)>, HvError> {
+        let mut values = Vec::new();
+        let mut left = indices;
+        while !left.is_empty() {
+            let batch = &left[..left.len().min(KVM_MAX_MSR_ENTRIES)];
+            let entries: Vec<_> =
+                batch.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
+            let mut list =
+                Msrs::from_entries(&entries).map_err(|_| HvError::call("KVM_GET_MSRS", libc::E2BIG))?;
+            let read = self.fd.get_msrs(&mut list).map_err(failed("KVM_GET_MSRS"))?;
+            values.extend(list.as_slice()[..read].iter().map(|entry| (entry.index, entry.data)));
+            // It stops at the first that it does not have.
+            left = &left[(read + usize::from(read < batch.len()))..];
+        }
+        Ok(values)
+    }
+
+    fn msr(&self, index: u32) -> Result<Option<u64>, HvError> {
+        Ok(self.msrs(&[index])?.first().map(|&(_, value)| value))
+    }
+
+    fn saved_msrs(&self) -> Result<Vec<(u32, u64)>, HvError> {
+        let listed = self.kvm.get_msr_index_list().map_err(failed("KVM_GET_MSR_INDEX_LIST"))?;
+        let mut indices = listed.as_slice().to_vec();
+        indices.extend(MTRRS.into_iter().flatten());
+        indices.retain(|index| ![MSR_IA32_TSC, MSR_IA32_TSC_DEADLINE].contains(index));
+        indices.sort_unstable();
+        indices.dedup();
+        self.msrs(&indices)
+    }
+
+    /// Sets registers. One that cannot be set is no error if it has its value already.
+    fn restore_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), HvError> {
+        let mut left = msrs;
+        while !left.is_empty() {
+            let batch = &left[..left.len().min(KVM_MAX_MSR_ENTRIES)];
+            let entries: Vec<_> = batch
+                .iter()
+                .map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() })
+                .collect();
+            let list =
+                Msrs::from_entries(&entries).map_err(|_| HvError::call("KVM_SET_MSRS", libc::E2BIG))?;
+            let set = self.fd.set_msrs(&list).map_err(failed("KVM_SET_MSRS"))?;
+            if let Some(&(index, data)) = batch.get(set)
+                && self.msr(index)?.unwrap_or(0) != data
+            {
+                return Err(HvError::Msr { index, data });
+            }
+            left = &left[(set + usize::from(set < batch.len()))..];
+        }
+        Ok(())
+    }
+
+    /// Makes the time stamp counter run as fast as it did in the snapshot.
+    fn set_frequency(&mut self, khz: u32) -> Result<(), HvError> {
+        let now = self.tsc_khz()?;
+        let difference = u64::from(now.abs_diff(khz)) * 1_000_000;
+        if difference > TSC_TOLERANCE * u64::from(khz) {
+            self.fd.set_tsc_khz(khz).map_err(|_| HvError::Frequency { saved: khz, found: now })?;
+        }
+        Ok(())
+    }
+}
+
 impl Vcpu for KvmVcpu {
     fn attach(&mut self) -> Result<Arc<dyn Kick>, HvError> {
         let mask = block_kick_signal().map_err(|source| HvError::Call { call: "pthread_sigmask", source })?;
@@ -371,6 +498,64 @@ impl Vcpu for KvmVcpu {
 
     fn set_lapic(&mut self, lapic: &kvm_lapic_state) -> Result<(), HvError> {
         self.fd.set_lapic(lapic).map_err(failed("KVM_SET_LAPIC"))
+    }
+
+    fn save(&self) -> Result<VcpuState, HvError> {
+        let fd = &self.fd;
+        // First, since it makes the local APIC take what has come for it.
+        let mp_state = fd.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
+        let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_CPUID2"))?;
+        Ok(VcpuState {
+            cpuid: cpuid.as_slice().to_vec(),
+            mp_state,
+            regs: self.regs()?,
+            sregs: self.sregs()?,
+            xsave: fd.get_xsave().map_err(failed("KVM_GET_XSAVE"))?,
+            xcrs: fd.get_xcrs().map_err(failed("KVM_GET_XCRS"))?,
+            debug_regs: fd.get_debug_regs().map_err(failed("KVM_GET_DEBUGREGS"))?,
+            lapic: self.lapic()?,
+            msrs: self.saved_msrs()?,
+            events: fd.get_vcpu_events().map_err(failed("KVM_GET_VCPU_EVENTS"))?,
+            tsc_khz: self.tsc_khz()?,
+        })
+    }
+
+    fn restore(&mut self, saved: &VcpuState) -> Result<(), HvError> {
+        let cpuid =
+            CpuId::from_entries(&saved.cpuid).map_err(|_| HvError::call("KVM_SET_CPUID2", libc::E2BIG))?;
+        self.set_cpuid(&cpuid)?;
+        self.set_frequency(saved.tsc_khz)?;
+        self.fd.set_mp_state(saved.mp_state).map_err(failed("KVM_SET_MP_STATE"))?;
+        self.set_regs(&saved.regs)?;
+        // It switches the local APIC on, and that takes its registers only then.
+        self.set_sregs(&saved.sregs)?;
+        // SAFETY: the kernel reads no more than the structure unless a process asked for larger features of the
+        // processor (ARCH_REQ_XCOMP_GUEST_PERM), which this one does not.
+        unsafe { self.fd.set_xsave(&saved.xsave) }.map_err(failed("KVM_SET_XSAVE"))?;
+        self.fd.set_xcrs(&saved.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+        self.fd.set_debug_regs(&saved.debug_regs).map_err(failed("KVM_SET_DEBUGREGS"))?;
+        self.set_lapic(&saved.lapic)?;
+        self.restore_msrs(&saved.msrs)?;
+        self.fd.set_vcpu_events(&saved.events).map_err(failed("KVM_SET_VCPU_EVENTS"))
+    }
+
+    fn tsc_khz(&self) -> Result<u32, HvError> {
+        self.fd.get_tsc_khz().map_err(failed("KVM_GET_TSC_KHZ"))
+    }
+
+    fn clock(&self) -> Result<VcpuClock, HvError> {
+        let value = |index| self.msr(index).map(Option::unwrap_or_default);
+        Ok(VcpuClock { tsc: value(MSR_IA32_TSC)?, deadline: value(MSR_IA32_TSC_DEADLINE)? })
+    }
+
+    fn set_clock(&mut self, clock: VcpuClock) -> Result<(), HvError> {
+        self.set_msrs(&[(MSR_IA32_TSC, clock.tsc)])?;
+        if clock.deadline != 0 {
+            self.set_msrs(&[(MSR_IA32_TSC_DEADLINE, clock.deadline)])?;
+        }
+        // A guest without kvm-clock has nobody to tell.
+        _ = self.fd.kvmclock_ctrl();
+        Ok(())
     }
 
     fn run(&mut self) -> Result<Exit<'_>, HvError> {

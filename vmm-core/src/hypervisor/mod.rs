@@ -5,6 +5,7 @@
 
 pub mod fake;
 pub mod kvm;
+pub mod saved;
 
 use std::io;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use kvm_bindings::{CpuId, kvm_fpu, kvm_lapic_state, kvm_regs, kvm_sregs};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestRam;
+use saved::{IrqchipState, VcpuClock, VcpuState};
 
 /// A hypervisor that makes virtual machines.
 pub trait Hypervisor: Send + Sync {
@@ -48,6 +50,25 @@ pub trait HvVm: Send + Sync {
     /// A guest write to the physical address `addr` signals `event` and does not exit (ioeventfd): one of `value` in
     /// 32 bits, or without it any write.
     fn signal_on_write(&self, addr: u64, value: Option<u32>, event: &EventFd) -> Result<(), HvError>;
+
+    /// The interrupt controllers, and with `pit` the timer, for a snapshot.
+    fn save_irqchip(&self, pit: bool) -> Result<IrqchipState, HvError>;
+
+    /// Takes over saved interrupt controllers.
+    fn restore_irqchip(&self, saved: &IrqchipState) -> Result<(), HvError>;
+
+    /// kvm-clock in nanoseconds.
+    fn clock(&self) -> Result<u64, HvError>;
+
+    /// Sets kvm-clock, which goes on from there.
+    fn set_clock(&self, nanos: u64) -> Result<(), HvError>;
+
+    /// Begins or ends to keep a log of the pages that vCPUs write.
+    fn log_dirty_pages(&self, on: bool) -> Result<(), HvError>;
+
+    /// The pages of memory slot `slot`, of `len` bytes, that vCPUs wrote since the last call, a bit each; the log begins
+    /// anew.
+    fn take_dirty_pages(&self, slot: u32, len: u64) -> Result<Vec<u64>, HvError>;
 }
 
 /// Wakes a vCPU that is inside [`Vcpu::run`] from another thread.
@@ -87,6 +108,21 @@ pub trait Vcpu: Send {
 
     /// Sets the registers of the local APIC.
     fn set_lapic(&mut self, lapic: &kvm_lapic_state) -> Result<(), HvError>;
+
+    /// Everything but clocks, for a snapshot. Between two runs that a kick has ended, nothing is under way.
+    fn save(&self) -> Result<VcpuState, HvError>;
+
+    /// Takes over a saved state. It sets CPUID, too.
+    fn restore(&mut self, saved: &VcpuState) -> Result<(), HvError>;
+
+    /// Frequency of its time stamp counter, in kHz.
+    fn tsc_khz(&self) -> Result<u32, HvError>;
+
+    /// Its clock now.
+    fn clock(&self) -> Result<VcpuClock, HvError>;
+
+    /// Sets its clock, which goes on from there, and tells its guest that it had been stopped.
+    fn set_clock(&mut self, clock: VcpuClock) -> Result<(), HvError>;
 
     /// Runs the guest until it needs something.
     fn run(&mut self) -> Result<Exit<'_>, HvError>;
@@ -201,6 +237,28 @@ pub enum HvError {
     OutOfMemory {
         /// The call that failed.
         call: &'static str,
+    },
+    /// A model specific register of a snapshot cannot be set.
+    #[error(
+        "this host's KVM does not take the snapshot's value {data:#x} of MSR {index:#x}; restore it on a host with the same \
+         processor and kernel"
+    )]
+    Msr {
+        /// Its index.
+        index: u32,
+        /// Its value.
+        data: u64,
+    },
+    /// The time stamp counter cannot run as fast as it did.
+    #[error(
+        "the snapshot's time stamp counter runs with {saved} kHz, this host's with {found}, and this processor cannot scale \
+         it; restore it on a host with the same processor"
+    )]
+    Frequency {
+        /// In the snapshot, in kHz.
+        saved: u32,
+        /// On this host, in kHz.
+        found: u32,
     },
     /// Another call failed.
     #[error("{call} failed: {source}")]

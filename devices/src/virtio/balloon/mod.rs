@@ -10,6 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use ciborium::Value;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
@@ -17,13 +18,14 @@ use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 
 use super::config_space::ConfigSpace;
-use super::queue::{Chain, Head, Queues, VirtQueue};
+use super::queue::{Chain, Head, HeldHead, Queues, VirtQueue};
 use super::reclaim::{self, PAGE, Reclaimed};
 use crate::GuestMemory;
 use crate::model::{
     Counters, DeviceKind, Facts, HostSource, MachineShape, OpenError, Progress, UpdateError, VirtioDevice,
 };
 use crate::size::ByteSize;
+use crate::snapshot::{SnapshotError, from_value, to_value};
 use crate::throttle::LogLimit;
 use stats::Stats;
 
@@ -289,6 +291,15 @@ impl Balloon {
     }
 }
 
+/// What a snapshot keeps of the balloon. The guest tells its statistics again.
+#[derive(Serialize, Deserialize)]
+struct State {
+    stats_head: Option<HeldHead>,
+    inflated: u64,
+    deflated: u64,
+    reported: u64,
+}
+
 /// What came of a request.
 struct Done {
     /// It keeps to the specification.
@@ -372,6 +383,24 @@ impl VirtioDevice for Balloon {
         if pages != self.shown.field(0) {
             self.shown.config.update(|bytes| bytes[..4].copy_from_slice(&pages.to_le_bytes()));
         }
+        Ok(())
+    }
+
+    fn save(&self) -> Result<Value, SnapshotError> {
+        let told = self.shown.told();
+        to_value(&State {
+            stats_head: self.stats_head.as_ref().map(Head::save),
+            inflated: told.inflated,
+            deflated: told.deflated,
+            reported: told.reported,
+        })
+    }
+
+    fn restore(&mut self, queues: &mut Queues<'_>, saved: Value) -> Result<(), SnapshotError> {
+        let saved: State = from_value(saved)?;
+        self.stats_head = saved.stats_head.map(|head| queues.get(STATS).hold_again(head)).transpose()?;
+        let mut told = self.shown.told();
+        (told.inflated, told.deflated, told.reported) = (saved.inflated, saved.deflated, saved.reported);
         Ok(())
     }
 

@@ -20,6 +20,8 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
+use ciborium::Value;
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
@@ -31,6 +33,7 @@ use super::buffers::Buffers;
 use super::config_space::ConfigSpace;
 use super::queue::{MAX_CHAIN, Queues};
 use crate::model::{Counters, DeviceKind, HostSource, OpenError, Progress, UpdateError, VirtioDevice};
+use crate::snapshot::{SnapshotError, from_value, to_value};
 use crate::throttle::LogLimit;
 pub use config::{Config, TapChoice};
 use header::{HEADER_BYTES, Offloads};
@@ -99,6 +102,8 @@ struct Net {
     multi_queue: bool,
     /// Metadata that the guest can ask for.
     mmds: Option<Mmds>,
+    /// How many pairs, from the first, the driver uses.
+    used: usize,
     /// What the driver may send.
     offloads: Offloads,
     /// The end of datagrams for which too little room was made.
@@ -142,6 +147,7 @@ impl Net {
             spill: vec![0; rx::MAX_DATAGRAM].into(),
             config,
             counters: Arc::default(),
+            used: 1,
             down: false,
             log: LogLimit::default(),
             _passt: passt,
@@ -281,11 +287,13 @@ impl Net {
     }
 
     fn control(&mut self, queues: &mut Queues<'_>, queue: u16) -> Progress {
-        let Self { pairs, counters, multi_queue, .. } = self;
+        let Self { pairs, counters, multi_queue, used, .. } = self;
         let known = if *multi_queue { pairs.len() } else { 0 };
         control::serve(&mut queues.get(queue), counters, |count| {
             let count = usize::from(count);
-            count <= known && use_pairs(pairs, count)
+            let taken = count <= known && use_pairs(pairs, count);
+            *used = if taken { count } else { *used };
+            taken
         })
     }
 }
@@ -351,6 +359,7 @@ impl VirtioDevice for Net {
         };
         self.multi_queue = has(VIRTIO_NET_F_MQ) && has(VIRTIO_NET_F_CTRL_VQ);
         // Until the driver says otherwise (virtio 1.3 §5.1.6.5.6).
+        self.used = 1;
         if !use_pairs(&mut self.pairs, 1) {
             Counters::add(&self.counters.host_errors, 1);
         }
@@ -412,12 +421,35 @@ impl VirtioDevice for Net {
         Ok(self.set_metadata(config.metadata.as_ref())?)
     }
 
+    fn save(&self) -> Result<Value, SnapshotError> {
+        to_value(&State { used_pairs: self.used })
+    }
+
+    fn restore(&mut self, _queues: &mut Queues<'_>, saved: Value) -> Result<(), SnapshotError> {
+        let State { used_pairs } = from_value(saved)?;
+        if used_pairs != self.used && (used_pairs == 0 || !self.multi_queue || used_pairs > self.pairs.len())
+        {
+            return Err(SnapshotError::impossible("number of queue pairs"));
+        }
+        self.used = used_pairs;
+        if !use_pairs(&mut self.pairs, used_pairs) {
+            Counters::add(&self.counters.host_errors, 1);
+        }
+        Ok(())
+    }
+
     fn reset(&mut self) {
         self.mmds.iter_mut().for_each(Mmds::reset);
         self.offloads = Offloads::default();
         self.multi_queue = false;
         self.pairs.iter_mut().for_each(|pair| pair.waits = false);
     }
+}
+
+/// What a snapshot keeps of the device.
+#[derive(Serialize, Deserialize)]
+struct State {
+    used_pairs: usize,
 }
 
 /// The driver uses the first `count` pairs: the host is to give frames to no others. Returns whether it took that.

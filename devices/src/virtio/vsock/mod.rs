@@ -15,6 +15,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ciborium::Value;
 use rustix::io::Errno;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 
@@ -24,6 +25,7 @@ use super::poller::{Poller, Ready};
 use super::queue::{Chain, Queues, VirtQueue};
 use super::unix_listener::{UnixListener, new_socket};
 use crate::model::{Counters, DeviceKind, HostSource, OpenError, Progress, VirtioDevice};
+use crate::snapshot::SnapshotError;
 pub use config::Config;
 use connection::{Broken, Phase};
 use listener::Greeting;
@@ -104,15 +106,6 @@ impl Vsock {
             config: Arc::new(ConfigSpace::read_only(&cid.to_le_bytes())),
             counters: Arc::default(),
         })
-    }
-
-    /// Ends all connections, and tells the guest so by an event: what a machine that goes on elsewhere needs
-    /// (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, §5.10.6.7).
-    pub fn reset_transport(&mut self) {
-        self.table.clear();
-        self.resets.clear();
-        self.tell_reset = true;
-        self.poller.wake();
     }
 
     /// Takes the guest's packets.
@@ -570,6 +563,14 @@ impl VirtioDevice for Vsock {
 
     fn can_wait(&self, queue: u16) -> bool {
         queue == TX
+    }
+
+    /// The guest's connections were another machine's: it is told that they have ended, by an event
+    /// (VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, §5.10.6.7). What listens in it goes on listening.
+    fn restore(&mut self, _queues: &mut Queues<'_>, _saved: Value) -> Result<(), SnapshotError> {
+        self.tell_reset = true;
+        self.poller.wake();
+        Ok(())
     }
 
     fn reset(&mut self) {

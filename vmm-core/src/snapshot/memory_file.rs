@@ -1,0 +1,475 @@
+//! The memory file: a guest's RAM as the host maps it, page for page, with holes for what is zero.
+#![allow(
+    unsafe_code,
+    reason = "RAM is written to a file from where it is mapped, and a file is mapped over RAM"
+)]
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use rustix::mm::{MapFlags, ProtFlags, mmap};
+use serde::{Deserialize, Serialize};
+
+use crate::memory::{GuestRam, RamRegion};
+
+/// Bytes of a page, the unit of everything here.
+pub const PAGE: u64 = 4096;
+/// What is written with one call at most.
+const MAX_WRITE: u64 = 1 << 20;
+/// How many pieces of diffs are mapped; more are copied, since a process can have about 65000 mappings.
+const MAX_MAPPED: usize = 4096;
+
+/// How a restored guest gets its memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MemoryMode {
+    /// The file is mapped, and pages are copied when the guest writes them. All guests of a snapshot share the rest.
+    #[default]
+    Map,
+    /// All of it is read before the guest runs.
+    Copy,
+}
+
+/// Offset and length of a run of bytes.
+pub type Run = (u64, u64);
+
+/// A set of pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pages {
+    bits: Vec<u64>,
+}
+
+impl Pages {
+    /// No page of a memory of so many bytes.
+    pub fn none(bytes: u64) -> Self {
+        Self { bits: vec![0; (bytes / PAGE).div_ceil(64) as usize] }
+    }
+
+    /// Adds the page that the byte at `offset` is in.
+    pub fn add(&mut self, offset: u64) {
+        let page = offset / PAGE;
+        if let Some(word) = self.bits.get_mut((page / 64) as usize) {
+            *word |= 1 << (page % 64);
+        }
+    }
+
+    /// Adds all pages of a range.
+    pub fn add_range(&mut self, offset: u64, bytes: u64) {
+        (offset..offset.saturating_add(bytes)).step_by(PAGE as usize).for_each(|page| self.add(page));
+    }
+
+    /// Whether the page at `offset` is in it.
+    pub fn contains(&self, offset: u64) -> bool {
+        let page = offset / PAGE;
+        self.bits.get((page / 64) as usize).is_some_and(|word| word & 1 << (page % 64) != 0)
+    }
+
+    /// Takes all pages out.
+    pub fn clear(&mut self) {
+        self.bits.fill(0);
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u64 {
+        self.bits.iter().map(|word| u64::from(word.count_ones())).sum()
+    }
+
+    /// Runs of pages within a range.
+    pub fn runs(&self, start: u64, end: u64) -> impl Iterator<Item = Run> + '_ {
+        let mut at = start;
+        std::iter::from_fn(move || {
+            while at < end && !self.contains(at) {
+                // A word without pages is passed at once.
+                let word = self.bits.get((at / PAGE / 64) as usize).copied().unwrap_or(0);
+                at = if word == 0 { (at / PAGE / 64 + 1) * 64 * PAGE } else { at + PAGE };
+            }
+            let first = at;
+            while at < end && self.contains(at) {
+                at += PAGE;
+            }
+            (first < at).then_some((first, at - first))
+        })
+    }
+}
+
+/// The memory of a snapshot: a file with all of it, and files of diffs over that, each with its pages.
+#[derive(Clone, Debug)]
+pub struct MemoryImage {
+    bytes: u64,
+    base: Arc<File>,
+    over: Vec<(Arc<File>, Vec<Run>)>,
+}
+
+/// A memory file is of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryFileError {
+    /// It cannot be read.
+    #[error("cannot read the memory file '{path}': {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Its size is not the memory's.
+    #[error("the memory file '{path}' has {found} bytes, and its snapshot says {said}; it is damaged")]
+    Size {
+        /// The file.
+        path: String,
+        /// Its size.
+        found: u64,
+        /// What the manifest says.
+        said: u64,
+    },
+    /// Pages that are no pages of the memory.
+    #[error("the snapshot's list of pages is damaged")]
+    Pages,
+}
+
+/// Opens a memory file, which must have so many bytes.
+fn open(path: &Path, bytes: u64) -> Result<Arc<File>, MemoryFileError> {
+    let error = |source| MemoryFileError::Io { path: path.display().to_string(), source };
+    let file = File::open(path).map_err(error)?;
+    let found = file.metadata().map_err(error)?;
+    // A pipe would block, a directory cannot be read.
+    if !found.is_file() || found.len() != bytes {
+        let path = path.display().to_string();
+        return Err(MemoryFileError::Size { path, found: found.len(), said: bytes });
+    }
+    Ok(Arc::new(file))
+}
+
+impl MemoryImage {
+    /// The file at `path` with all `bytes` of a memory.
+    pub fn open(path: &Path, bytes: u64) -> Result<Self, MemoryFileError> {
+        Ok(Self { bytes, base: open(path, bytes)?, over: Vec::new() })
+    }
+
+    /// Puts the pages of a diff's file over what is there.
+    pub fn add_diff(&mut self, path: &Path, pages: &[Run]) -> Result<(), MemoryFileError> {
+        let mut end = 0;
+        for &(offset, bytes) in pages {
+            let aligned = offset.is_multiple_of(PAGE) && bytes.is_multiple_of(PAGE) && bytes > 0;
+            let next = offset.checked_add(bytes).filter(|&next| next <= self.bytes);
+            match next {
+                Some(next) if aligned && offset >= end => end = next,
+                _ => return Err(MemoryFileError::Pages),
+            }
+        }
+        self.over.push((open(path, self.bytes)?, pages.to_vec()));
+        Ok(())
+    }
+
+    /// Bytes of the memory.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The file with all of the memory, to be mapped privately.
+    pub fn base(&self) -> &Arc<File> {
+        &self.base
+    }
+
+    /// Pages that may be other than zero.
+    fn data(&self) -> io::Result<Pages> {
+        let mut pages = Pages::none(self.bytes);
+        for (start, end) in data_ranges(&self.base, self.bytes)? {
+            pages.add_range(start, end - start);
+        }
+        for &(offset, bytes) in self.over.iter().flat_map(|(_, runs)| runs) {
+            pages.add_range(offset, bytes);
+        }
+        Ok(pages)
+    }
+
+    /// Puts the diffs over a region that maps the base from `offset` on.
+    pub fn lay_over(&self, region: RamRegion, offset: u64) -> io::Result<()> {
+        let mapped = self.over.iter().map(|(_, runs)| runs.len()).sum::<usize>() <= MAX_MAPPED;
+        self.pieces(region, offset, |file, at, host, bytes| match mapped {
+            true => {
+                // SAFETY: the range lies in a mapping of the guest's memory, which nobody uses yet; it is replaced by
+                // another private mapping with the same rights.
+                unsafe {
+                    let rights = ProtFlags::READ | ProtFlags::WRITE;
+                    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+                    mmap(host as *mut _, bytes as usize, rights, flags, file, at)?;
+                }
+                Ok(())
+            }
+            false => read_into(file, at, host, bytes),
+        })
+    }
+
+    /// Reads everything into a region of zeroes that begins at `offset`.
+    pub fn read_into(&self, region: RamRegion, offset: u64) -> io::Result<()> {
+        for (start, end) in data_ranges(&self.base, self.bytes)? {
+            let (start, end) = (start.max(offset), end.min(offset + region.len));
+            if start < end {
+                read_into(&self.base, start, region.host_addr + (start - offset), end - start)?;
+            }
+        }
+        self.pieces(region, offset, read_into)
+    }
+
+    /// Calls `piece` for each run of a diff in a region: with its file, where it is in that, where it goes, and how many
+    /// bytes it has.
+    fn pieces(
+        &self,
+        region: RamRegion,
+        offset: u64,
+        mut piece: impl FnMut(&File, u64, u64, u64) -> io::Result<()>,
+    ) -> io::Result<()> {
+        for (file, runs) in &self.over {
+            for &(start, bytes) in runs {
+                let (start, end) = (start.max(offset), (start + bytes).min(offset + region.len));
+                if start < end {
+                    piece(file, start, region.host_addr + (start - offset), end - start)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads `bytes` bytes of `file` to this address of guest memory. Holes are read, too.
+fn read_into(file: &File, at: u64, host: u64, bytes: u64) -> io::Result<()> {
+    // SAFETY: the callers give a range of the guest's memory, which nobody uses yet.
+    let to = unsafe { std::slice::from_raw_parts_mut(host as *mut u8, bytes as usize) };
+    file.read_exact_at(to, at)
+}
+
+/// The ranges of a file that are no holes, in whole pages, as start and end.
+pub fn data_ranges(file: &File, bytes: u64) -> io::Result<Vec<(u64, u64)>> {
+    let mut ranges: Vec<(u64, u64)> = Vec::new();
+    let mut at = 0;
+    while at < bytes {
+        let start = match seek(file, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            Err(Errno::NXIO) => break,
+            // A file system that cannot tell has no holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(vec![(0, bytes)]),
+            Err(error) => return Err(error.into()),
+        };
+        let end = seek(file, SeekFrom::Hole(start))?.min(bytes);
+        let start = start / PAGE * PAGE;
+        at = end.next_multiple_of(PAGE);
+        match ranges.last_mut() {
+            Some(last) if last.1 >= start => last.1 = at.max(last.1),
+            _ => ranges.push((start, at)),
+        }
+    }
+    Ok(ranges)
+}
+
+/// What was written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Written {
+    /// What is no hole.
+    pub runs: Vec<Run>,
+}
+
+impl Written {
+    /// How many bytes that is.
+    pub fn bytes(&self) -> u64 {
+        self.runs.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// CRC-32 of what was written, read from the file.
+    pub fn crc32(&self, file: &File) -> io::Result<u32> {
+        let mut hasher = crc32fast::Hasher::new();
+        let mut buffer = vec![0; MAX_WRITE as usize];
+        for &(offset, bytes) in &self.runs {
+            for at in (0..bytes).step_by(MAX_WRITE as usize) {
+                let part = &mut buffer[..(bytes - at).min(MAX_WRITE) as usize];
+                file.read_exact_at(part, offset + at)?;
+                hasher.update(part);
+            }
+        }
+        Ok(hasher.finalize())
+    }
+}
+
+/// Writes guest memory to an empty file: all of it, or the pages of `only`. Pages of zeroes become holes. Nothing may
+/// write the memory meanwhile.
+pub fn write(ram: &GuestRam, only: Option<&Pages>, file: &File) -> io::Result<Written> {
+    file.set_len(ram.size())?;
+    let mut written = Written::default();
+    let mut start = 0;
+    for region in ram.regions() {
+        let end = start + region.len;
+        let candidates;
+        let pages = match only {
+            Some(pages) => pages,
+            None => {
+                candidates = touched(ram, region, start)?;
+                &candidates
+            }
+        };
+        for (offset, bytes) in pages.runs(start, end) {
+            // SAFETY: the range lies in a mapping of the guest's memory, and nothing writes it now.
+            let memory = unsafe {
+                let host = region.host_addr + (offset - start);
+                std::slice::from_raw_parts(host as *const u8, bytes as usize)
+            };
+            write_run(memory, offset, file, &mut written)?;
+        }
+        start = end;
+    }
+    Ok(written)
+}
+
+/// Writes the pages of `memory` that are not zero to `file` at `offset`.
+fn write_run(memory: &[u8], offset: u64, file: &File, written: &mut Written) -> io::Result<()> {
+    let page = PAGE as usize;
+    let mut at = 0;
+    while at < memory.len() {
+        let limit = memory.len().min(at + MAX_WRITE as usize);
+        let zero = |at: usize| is_zero(&memory[at..at + page]);
+        let Some(first) = (at..limit).step_by(page).find(|&at| !zero(at)) else {
+            at = limit;
+            continue;
+        };
+        let end = (first..limit).step_by(page).find(|&at| zero(at)).unwrap_or(limit);
+        let start = offset + first as u64;
+        file.write_all_at(&memory[first..end], start)?;
+        match written.runs.last_mut() {
+            Some((last, bytes)) if *last + *bytes == start => *bytes += (end - first) as u64,
+            _ => written.runs.push((start, (end - first) as u64)),
+        }
+        at = end;
+    }
+    Ok(())
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    // Most pages that are not zero say so in their first bytes.
+    page[..16] == [0; 16]
+        && page.chunks_exact(128).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+/// Bits of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
+const PRESENT: u64 = 1 << 63;
+const SWAPPED: u64 = 1 << 62;
+const OF_FILE: u64 = 1 << 61;
+
+/// Pages of a region, which begins at `start` of the memory, that may be other than zero: those that were touched, and
+/// those of the file below.
+fn touched(ram: &GuestRam, region: RamRegion, start: u64) -> io::Result<Pages> {
+    let mut pages = match ram.image() {
+        Some(image) => image.data()?,
+        None => Pages::none(ram.size()),
+    };
+    let map = File::open("/proc/self/pagemap")?;
+    let mut entries = vec![0; 64 << 10];
+    let first = region.host_addr / PAGE * 8;
+    let end = first + region.len / PAGE * 8;
+    for at in (first..end).step_by(entries.len()) {
+        let len = (end - at).min(entries.len() as u64) as usize;
+        map.read_exact_at(&mut entries[..len], at)?;
+        for (i, entry) in entries[..len].chunks_exact(8).enumerate() {
+            let entry = entry.try_into().map_or(0, u64::from_ne_bytes);
+            let own = entry & (PRESENT | SWAPPED) != 0 && (entry & OF_FILE == 0 || ram.image().is_none());
+            if own {
+                pages.add(start + ((at - first) / 8 + i as u64) * PAGE);
+            }
+        }
+    }
+    Ok(pages)
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::memory::Backing;
+
+    const SIZE: u64 = 8 << 20;
+
+    fn read(file: &File) -> Vec<u8> {
+        let mut bytes = vec![0; SIZE as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn memory_is_written_with_holes_and_comes_back() {
+        let ram = GuestRam::new(SIZE, Backing::default(), None).unwrap();
+        ram.memory().write_slice(&[7; 5000], GuestAddress(0x3000)).unwrap();
+        ram.memory().write_slice(&[0; 5000], GuestAddress(0x10000)).unwrap();
+        ram.memory().write_slice(&[9], GuestAddress(SIZE - 1)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("memory");
+        let file = File::create_new(&path).unwrap();
+        let written = write(&ram, None, &file).unwrap();
+        assert_eq!(written.runs, [(0x3000, 2 * PAGE), (SIZE - PAGE, PAGE)], "zeroes are holes");
+        let image = Arc::new(MemoryImage::open(&path, SIZE).unwrap());
+        for mode in [MemoryMode::Map, MemoryMode::Copy] {
+            let again = GuestRam::new(SIZE, Backing::default(), Some((image.clone(), mode))).unwrap();
+            again.memory().write_slice(&[1], GuestAddress(0x40_0000)).unwrap();
+            let second = tempfile::tempfile().unwrap();
+            write(&again, None, &second).unwrap();
+            let mut want = read(&File::open(&path).unwrap());
+            want[0x40_0000] = 1;
+            assert!(read(&second) == want, "{mode:?}");
+        }
+        assert_eq!(read(&File::open(&path).unwrap())[0x40_0000], 0, "the snapshot stays as it is");
+    }
+
+    #[test]
+    fn a_diff_lies_over_its_base_with_its_zeroes_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, diff) = (dir.path().join("base"), dir.path().join("diff"));
+        let ram = GuestRam::new(SIZE, Backing::default(), None).unwrap();
+        ram.memory().write_slice(&[7; 0x4000], GuestAddress(0)).unwrap();
+        write(&ram, None, &File::create_new(&base).unwrap()).unwrap();
+        ram.memory().write_slice(&[0; 0x1000], GuestAddress(0x1000)).unwrap();
+        ram.memory().write_slice(&[8; 0x1000], GuestAddress(0x20_0000)).unwrap();
+        let mut pages = Pages::none(SIZE);
+        pages.add(0x1000);
+        pages.add_range(0x20_0000, 0x1000);
+        write(&ram, Some(&pages), &File::create_new(&diff).unwrap()).unwrap();
+        let mut image = MemoryImage::open(&base, SIZE).unwrap();
+        let runs: Vec<_> = pages.runs(0, SIZE).collect();
+        image.add_diff(&diff, &runs).unwrap();
+        for mode in [MemoryMode::Map, MemoryMode::Copy] {
+            let again = GuestRam::new(SIZE, Backing::default(), Some((image.clone().into(), mode))).unwrap();
+            let files = [tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap()];
+            write(&again, None, &files[0]).unwrap();
+            write(&ram, None, &files[1]).unwrap();
+            assert!(read(&files[0]) == read(&files[1]), "{mode:?}");
+        }
+        for wrong in [[(1, PAGE)], [(0, 1)], [(0, 0)], [(SIZE, PAGE)], [(u64::MAX - 4095, PAGE)]] {
+            assert!(matches!(image.add_diff(&diff, &wrong), Err(MemoryFileError::Pages)), "{wrong:?}");
+        }
+        assert!(image.add_diff(&diff, &[(PAGE, PAGE), (0, PAGE)]).is_err(), "not in order");
+    }
+
+    #[test]
+    fn runs_are_found_across_words() {
+        let mut pages = Pages::none(1 << 30);
+        pages.add_range(63 * PAGE, 3 * PAGE);
+        pages.add((1 << 30) - 1);
+        pages.add(1 << 30);
+        assert_eq!(
+            pages.runs(0, 1 << 30).collect::<Vec<_>>(),
+            [(63 * PAGE, 3 * PAGE), ((1 << 30) - PAGE, PAGE)]
+        );
+        assert_eq!(pages.runs(64 * PAGE, 65 * PAGE).collect::<Vec<_>>(), [(64 * PAGE, PAGE)]);
+        assert_eq!(pages.count(), 4);
+    }
+
+    #[test]
+    fn another_size_is_refused() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(SIZE - PAGE).unwrap();
+        let error = MemoryImage::open(file.path(), SIZE).unwrap_err().to_string();
+        assert!(error.contains("has 8384512 bytes"), "{error}");
+        assert!(MemoryImage::open(Path::new("/"), SIZE).is_err());
+    }
+}

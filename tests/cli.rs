@@ -166,7 +166,7 @@ fn missing_and_wrong_files_are_told_apart_in_both_a_run_and_a_dry_run() {
     rustix::fs::mknodat(rustix::fs::CWD, fixture.path("fifo"), rustix::fs::FileType::Fifo, 0o644.into(), 0)
         .unwrap();
     for (arguments, wants) in [
-        ("--kernel nothing", &["cannot open kernel 'nothing': no such file; pass --kernel PATH"][..]),
+        ("--kernel nothing", &["cannot open kernel 'nothing': no such file; name another file"][..]),
         ("--kernel .", &["not a regular file"]),
         ("--kernel fifo", &["not a regular file"]),
         ("--kernel empty", &["'empty' is no kernel: it is neither an ELF vmlinux nor a bzImage"]),

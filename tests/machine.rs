@@ -313,14 +313,14 @@ fn what_cannot_be_built_says_why() {
     let initrd =
         |path: PathBuf| VmConfig { initrd: Some(path), memory: "4M".parse().unwrap(), ..plain.clone() };
     let cases = [
-        (with_kernel(dir.path().join("none")), "no such file; pass --kernel PATH"),
+        (with_kernel(dir.path().join("none")), "no such file; name another file"),
         (with_kernel(dir.path().into()), "not a regular file"),
         (with_kernel(file("empty", b"")), "it is neither an ELF vmlinux nor a bzImage"),
         (with_kernel(file("gz", b"\x1f\x8b\x08")), "it is gzip data; decompress it first"),
         (with_kernel(file("nothing", &Micro::new().elf())), "nothing to load above 1 MiB"),
         (with_kernel(file("elf32", b"\x7fELF\x01\x01")), "not for x86-64"),
-        (VmConfig { memory: "4M".parse().unwrap(), ..with_kernel(file("big", &big)) }, "raise --memory"),
-        (initrd(file("initrd", &vec![1; 4 << 20])), "raise --memory"),
+        (VmConfig { memory: "4M".parse().unwrap(), ..with_kernel(file("big", &big)) }, "give the guest more"),
+        (initrd(file("initrd", &vec![1; 4 << 20])), "give the guest more"),
         (initrd(file("empty-initrd", b"")), "the file is empty"),
     ];
     for (config, want) in cases {

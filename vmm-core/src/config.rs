@@ -93,7 +93,7 @@ impl Transport {
     /// What to do about too few places.
     fn more(self) -> String {
         match self {
-            Self::Mmio => format!(", and {} with --transport pci", Slots::max(Self::Pci)),
+            Self::Mmio => format!(", and {} on PCI", Slots::max(Self::Pci)),
             Self::Pci => String::new(),
         }
     }
@@ -150,23 +150,23 @@ impl<'de> Deserialize<'de> for SerialConfig {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// No kernel is given.
-    #[error("no kernel is given; pass --kernel PATH")]
+    #[error("no kernel is given; name one")]
     NoKernel,
     /// Number of vCPUs out of range.
-    #[error("{cpus} vCPUs are not possible; give --cpus 1 to {max}", max = layout::MAX_CPUS)]
+    #[error("{cpus} vCPUs are not possible; give it 1 to {max}", max = layout::MAX_CPUS)]
     Cpus {
         /// Number asked for.
         cpus: u8,
     },
     /// RAM out of range.
-    #[error("{memory} of memory are not possible; give --memory {min} to {max}, in multiples of 4K",
+    #[error("{memory} of memory are not possible; give it {min} to {max}, in multiples of 4K",
         min = ByteSize(layout::MIN_RAM), max = ByteSize(layout::MAX_RAM))]
     Memory {
         /// Size asked for.
         memory: ByteSize,
     },
     /// RAM that huge pages cannot make up.
-    #[error("{memory} of memory are not possible with huge pages; give --memory in multiples of 2M")]
+    #[error("{memory} of memory are not possible with huge pages; give it a multiple of 2M")]
     HugePages {
         /// Size asked for.
         memory: ByteSize,
@@ -325,16 +325,16 @@ mod tests {
     fn limits_are_checked() {
         assert_eq!(config().validate(), Ok(()));
         let cases = [
-            (VmConfig::default(), "no kernel is given; pass --kernel PATH"),
-            (VmConfig { cpus: 0, ..config() }, "0 vCPUs are not possible; give --cpus 1 to 32"),
-            (VmConfig { cpus: 33, ..config() }, "33 vCPUs are not possible; give --cpus 1 to 32"),
+            (VmConfig::default(), "no kernel is given; name one"),
+            (VmConfig { cpus: 0, ..config() }, "0 vCPUs are not possible; give it 1 to 32"),
+            (VmConfig { cpus: 33, ..config() }, "33 vCPUs are not possible; give it 1 to 32"),
             (
                 VmConfig { memory: ByteSize(1 << 20), ..config() },
-                "1M of memory are not possible; give --memory 4M to 1T, in multiples of 4K",
+                "1M of memory are not possible; give it 4M to 1T, in multiples of 4K",
             ),
             (
                 VmConfig { memory: ByteSize(33 << 20), hugepages: HugePages::Reserved, ..config() },
-                "33M of memory are not possible with huge pages; give --memory in multiples of 2M",
+                "33M of memory are not possible with huge pages; give it a multiple of 2M",
             ),
             (
                 VmConfig { append: Some("x".repeat(2048)), ..config() },

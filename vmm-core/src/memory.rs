@@ -83,7 +83,7 @@ pub struct RamRegion {
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
     /// The kernel refused the mapping.
-    #[error("cannot map {mib} MiB of guest memory: {source}; lower --memory")]
+    #[error("cannot map {mib} MiB of guest memory: {source}; give the guest less")]
     Map {
         /// Size asked for, in MiB.
         mib: u64,
@@ -111,7 +111,9 @@ pub enum RamError {
     #[error("cannot read the snapshot's memory: {0}")]
     Image(io::Error),
     /// There is not as much memory as asked for.
-    #[error("cannot fill {mib} MiB of guest memory: {source}; lower --memory, or leave out --mem-prealloc")]
+    #[error(
+        "cannot fill {mib} MiB of guest memory: {source}; give the guest less, or do not take it in advance"
+    )]
     Prealloc {
         /// Size asked for, in MiB.
         mib: u64,

@@ -233,7 +233,7 @@ pub enum HvError {
         capability: &'static str,
     },
     /// KVM_RUN ran out of memory on its first call: a known bug of host kernels before 6.12.
-    #[error("{call} failed: out of memory; free memory on the host or lower --memory")]
+    #[error("{call} failed: out of memory; free memory on the host, or give the guest less")]
     OutOfMemory {
         /// The call that failed.
         call: &'static str,

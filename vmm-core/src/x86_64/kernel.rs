@@ -63,7 +63,7 @@ pub struct Kernel {
 #[derive(Debug, thiserror::Error)]
 pub enum KernelError {
     /// It could not be opened or read.
-    #[error("cannot open {what} '{path}': {reason}; pass {flag} PATH", path = path.display())]
+    #[error("cannot open {what} '{path}': {reason}; name another file", path = path.display())]
     Open {
         /// `kernel` or `initrd`.
         what: &'static str,
@@ -71,8 +71,6 @@ pub enum KernelError {
         path: PathBuf,
         /// What is wrong, in a few words.
         reason: String,
-        /// The flag that names it.
-        flag: &'static str,
     },
     /// The file is no kernel.
     #[error("'{path}' is no kernel: {reason}", path = path.display())]
@@ -89,7 +87,7 @@ pub enum KernelError {
         path: PathBuf,
     },
     /// Kernel and initrd need more memory.
-    #[error("{what} '{path}' does not fit in {mib} MiB of guest memory; raise --memory", path = path.display())]
+    #[error("{what} '{path}' does not fit in {mib} MiB of guest memory; give the guest more", path = path.display())]
     TooLarge {
         /// `kernel` or `initrd`.
         what: &'static str,
@@ -103,9 +101,9 @@ pub enum KernelError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// Opens a regular file for reading. `what` and `flag` are for the error.
-fn open(path: &Path, what: &'static str, flag: &'static str) -> Result<File, KernelError> {
-    let error = |reason: String| KernelError::Open { what, path: path.into(), reason, flag };
+/// Opens a regular file for reading. `what` is for the error.
+fn open(path: &Path, what: &'static str) -> Result<File, KernelError> {
+    let error = |reason: String| KernelError::Open { what, path: path.into(), reason };
     // Without waiting for the other end of what turns out to be a FIFO.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|e| {
         error(match e.kind() {
@@ -153,7 +151,7 @@ fn detect(path: &Path, file: &mut File) -> Result<Format, KernelError> {
 
 /// Loads the kernel at `path` into guest memory.
 pub fn load(mem: &GuestMemory, path: &Path, protocol: BootProtocol) -> Result<Kernel, KernelError> {
-    let mut file = open(path, "kernel", "--kernel")?;
+    let mut file = open(path, "kernel")?;
     let format = detect(path, &mut file)?;
     let too_large = || KernelError::TooLarge { what: "kernel", path: path.into(), mib: ram_mib(mem) };
     let start = Some(GuestAddress(layout::HIGH_RAM));
@@ -315,7 +313,7 @@ pub fn load_initrd(mem: &GuestMemory, path: &Path, kernel: &Kernel) -> Result<In
 
 /// Opens the initrd at `path`; also returns its length in bytes.
 pub(crate) fn open_initrd(path: &Path) -> Result<(File, u64), KernelError> {
-    let mut file = open(path, "initrd", "--initrd")?;
+    let mut file = open(path, "initrd")?;
     let len = file.seek(SeekFrom::End(0)).and_then(|len| file.rewind().map(|()| len));
     match len.map_err(|e| initrd_error(path, e.to_string()))? {
         0 => Err(initrd_error(path, "the file is empty".into())),
@@ -324,7 +322,7 @@ pub(crate) fn open_initrd(path: &Path) -> Result<(File, u64), KernelError> {
 }
 
 fn initrd_error(path: &Path, reason: String) -> KernelError {
-    KernelError::Open { what: "initrd", path: path.into(), reason, flag: "--initrd" }
+    KernelError::Open { what: "initrd", path: path.into(), reason }
 }
 
 const E820_RAM: u32 = 1;

@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -67,9 +67,12 @@ enum Event {
     Hurry,
 }
 
+/// The session whose machine a signal ends, if there is one.
+type Current = Arc<Mutex<Option<Arc<Session>>>>;
+
 /// The thread that waits for signals.
 pub struct SignalThread {
-    session: Arc<OnceLock<Arc<Session>>>,
+    session: Current,
     leftover: Arc<OnceLock<PathBuf>>,
 }
 
@@ -77,12 +80,16 @@ impl SignalThread {
     /// Starts it; to be done before any other thread is started, so that none of them gets a signal.
     pub fn start() -> anyhow::Result<Self> {
         let signals = Signals::block();
-        let (session, leftover) = (Arc::new(OnceLock::new()), Arc::new(OnceLock::new()));
+        let (session, leftover) = (Current::default(), Arc::new(OnceLock::new()));
         spawn("signals", {
             let (session, leftover) = (session.clone(), leftover.clone());
             move || serve_signals(&signals, &session, &leftover)
         })?;
         Ok(Self { session, leftover })
+    }
+
+    fn current(&self) -> MutexGuard<'_, Option<Arc<Session>>> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Removes this file when a signal ends the process without a machine that could end first.
@@ -131,13 +138,16 @@ pub fn run(
     let (events, finished) = mpsc::channel();
     let session = Arc::new(Session { vm: vm.clone(), cause: OnceLock::new(), events });
     // From here on a signal ends the machine and no longer the process.
-    _ = signals.session.set(session.clone());
+    *signals.current() = Some(session.clone());
     let stdio = matches!(console, Console::Stdio);
     let terminal = if stdio { Terminal::take() } else { None };
-    match (vm.start(), session.cause.get()) {
-        // A signal was quicker.
-        (Ok(()), _) | (Err(_), Some(_)) => {}
-        (Err(error), None) => return Err(error.into()),
+    if let Err(error) = vm.start() {
+        let mut current = signals.current();
+        // Unless a signal was quicker. The next one is for who comes next, or ends the process.
+        if session.cause.get().is_none() {
+            *current = None;
+            return Err(error.into());
+        }
     }
     started()?;
     let flushes = match (&console, vm.take_console()) {
@@ -267,10 +277,11 @@ impl Session {
     }
 }
 
-fn serve_signals(signals: &Signals, session: &OnceLock<Arc<Session>>, leftover: &OnceLock<PathBuf>) {
+fn serve_signals(signals: &Signals, session: &Current, leftover: &OnceLock<PathBuf>) {
     let mut ending = false;
     while let Ok(request) = signals.wait() {
-        match (request, session.get()) {
+        let current = session.lock().unwrap_or_else(PoisonError::into_inner);
+        match (request, &*current) {
             (Request::End(number), Some(session)) if !ending => {
                 ending = true;
                 session.end(Cause::Signal(number));

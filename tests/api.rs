@@ -227,8 +227,6 @@ fn what_is_wrong_is_refused_with_a_sentence_and_changes_nothing() -> Result<()> 
         ("PATCH", "/vm", r#"{"state":"Paused"}"#, "before starting"),
         ("PUT", "/actions", r#"{"action_type":"Dance"}"#, "unknown variant"),
         ("PUT", "/actions", r#"{"action_type":"SendCtrlAltDel"}"#, "before starting"),
-        ("PUT", "/snapshot/create", "{}", "Invalid request method and/or path: PUT /snapshot/create."),
-        ("DELETE", "/drives/r", "", "Invalid request method"),
         ("GET", "/", "{}", "no body"),
         ("GET", "/../etc/passwd", "", "Invalid request"),
     ];
@@ -258,6 +256,33 @@ fn what_is_wrong_is_refused_with_a_sentence_and_changes_nothing() -> Result<()> 
     ] {
         let fault =
             api.send(method, path, body)?.fault().with_context(|| format!("{method} {path} {body}"))?;
+        assert!(fault.contains(want), "{method} {path}: {fault}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_not_there_yet_and_metadata_that_cannot_be_are_refused_by_name() -> Result<()> {
+    let setup = Setup::new()?;
+    let (_program, api) = setup.api()?;
+    // Short enough for a request, and longer when it is written as it was understood.
+    let data = format!(r#"{{"a":[1e5{}]}}"#, ",1e5".repeat(12_000));
+    for (method, path, body, want) in [
+        ("PUT", "/snapshot/create", "{}", "PUT /snapshot/create: snapshots are not supported yet."),
+        ("PUT", "/cpu-config", "{}", "custom processor templates are not supported yet"),
+        ("PATCH", "/hotplug/memory", "{}", "plugging in memory while the machine runs is not supported yet"),
+        ("PATCH", "/balloon/hinting/start", "{}", "free page hinting is not supported yet"),
+        ("DELETE", "/drives/r", "", "DELETE /drives/r: taking a device away is not supported yet."),
+        ("POST", "/drives/r", "", "Invalid request method and/or path: POST /drives/r."),
+        ("PUT", "/pmem/p", r#"{"id":"p","path_on_host":"nowhere"}"#, "'nowhere' cannot be opened"),
+        ("PUT", "/pmem/p", r#"{"id":"q","path_on_host":"disk"}"#, "does not match"),
+        ("PUT", "/mmds/config", r#"{"network_interfaces":[]}"#, "network_interfaces is empty"),
+        ("PUT", "/mmds/config", r#"{"network_interfaces":["e"]}"#, "no network interface 'e'"),
+        ("PUT", "/mmds", "[1]", "invalid type"),
+        ("PUT", "/mmds", &data, "The metadata would have"),
+        ("PATCH", "/mmds", r#"{"a":"b"}"#, "not initialized"),
+    ] {
+        let fault = api.send(method, path, body)?.fault().with_context(|| format!("{method} {path}"))?;
         assert!(fault.contains(want), "{method} {path}: {fault}");
     }
     Ok(())
@@ -445,6 +470,119 @@ fn by_firecrackers_name_it_takes_firecrackers_flags() -> Result<()> {
     setup.configure(&api)?;
     api.put("/actions", json!({"action_type": "InstanceStart"}))?;
     assert_eq!(program.signal(Signal::TERM)?.status.code(), Some(128 + 15));
+    Ok(())
+}
+
+/// What a machine with a tap needs in front of it, as root or not.
+fn with_tap(program: &Path) -> Vec<String> {
+    let unshare = if rustix::process::geteuid().is_root() { "-n" } else { "-rn" };
+    let set_up =
+        "PATH=$PATH:/sbin:/usr/sbin && ip tuntap add dev tap0 mode tap && ip link set tap0 up && exec \"$@\"";
+    [unshare, "sh", "-c", set_up, "sh"]
+        .map(str::to_owned)
+        .into_iter()
+        .chain([program.display().to_string()])
+        .collect()
+}
+
+#[test]
+fn a_guest_gets_the_metadata_that_the_api_was_given_and_what_changes() -> Result<()> {
+    let setup = Setup::new()?;
+    let kernel = Kernel::ours(acceleration()).file()?;
+    fs::copy(harness::demo_image()?, setup.path("root"))?;
+    fs::write(setup.path("data.json"), r#"{"latest": {"name": "web", "gone": "x"}}"#)?;
+    let link = setup.path("firecracker");
+    symlink(env!("CARGO_BIN_EXE_vmm"), &link)?;
+    let mut arguments = with_tap(&link);
+    arguments.extend(["--api-sock", "api.sock", "--metadata", "data.json"].map(str::to_owned));
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let program = setup.start_as(Path::new("unshare"), &arguments)?;
+    let api = Api::when_ready(&setup.path("api.sock"))?;
+    assert_eq!(api.get_json("/mmds")?["latest"]["name"], json!("web"));
+
+    let script = "u=http://169.254.170.2/latest; wget -qO- $u/name 2>&1; \
+        t=$(printf 'PUT /latest/api/token HTTP/1.0\\r\\nX-metadata-token-ttl-seconds: 60\\r\\n\\r\\n' | nc -w 9 169.254.170.2 80 | tail -n 1); \
+        get() { wget -qO- --header X-metadata-token:$t $u/$1; }; echo got=$(get name); \
+        until [ $(get name) = db ]; do sleep 0.1; done; echo now=$(get '')";
+    let boot_args = format!(
+        "console=ttyS0 reboot=k panic=1 ip=169.254.170.9:::255.255.255.0::eth0:off -- sh -c \"{script}\""
+    );
+    api.put("/boot-source", json!({"kernel_image_path": kernel, "boot_args": boot_args}))?;
+    api.put("/machine-config", json!({"vcpu_count": 1, "mem_size_mib": 128}))?;
+    api.put(
+        "/drives/rootfs",
+        json!({"drive_id": "rootfs", "path_on_host": "root", "is_root_device": true, "is_read_only": true}),
+    )?;
+    api.put("/network-interfaces/eth0", json!({"iface_id": "eth0", "host_dev_name": "tap0"}))?;
+    let config = json!({"network_interfaces": ["eth0"], "version": "V2", "ipv4_address": "169.254.170.2"});
+    let fault = api.send("PUT", "/mmds/config", &config.to_string().replace("170.2", "0.2"))?.fault()?;
+    assert!(fault.contains("ipv4_address") && fault.contains("169.254.1.0"), "{fault}");
+    api.put("/mmds/config", config)?;
+    assert_eq!(api.get_json("/vm/config")?["mmds-config"]["version"], json!("V2"));
+    api.put("/serial", json!({"serial_out_path": "console"}))?;
+    api.put("/actions", json!({"action_type": "InstanceStart"}))?;
+    let console = || fs::read_to_string(setup.path("console")).unwrap_or_default();
+    while !console().contains("got=web") {
+        ensure!(api.get("/").is_ok(), "it has ended: {}", console());
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    api.patch("/mmds", json!({"latest": {"name": "db", "gone": null}}))?;
+    assert_eq!(api.get_json("/mmds")?, json!({"latest": {"name": "db"}}));
+    let output = program.wait()?;
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    for text in ["401 Unauthorized", "now=name"] {
+        assert!(console().contains(text), "{text}: {}", console());
+    }
+    Ok(())
+}
+
+#[test]
+fn persistent_memory_is_a_device_like_any_other() -> Result<()> {
+    let setup = Setup::new()?;
+    fs::File::create(setup.path("image"))?.set_len(2 << 20)?;
+    let (_program, api) = setup.api()?;
+    setup.configure(&api)?;
+    let pmem = json!({"id": "p", "path_on_host": "image", "read_only": true, "root_device": false});
+    api.put("/pmem/p", pmem.clone())?;
+    assert_eq!(api.get_json("/vm/config")?["pmem"], json!([pmem]));
+    api.put("/actions", json!({"action_type": "InstanceStart"}))?;
+    assert_eq!(api.get_json("/vmm/v1/inspect")?["devices"][0]["name"], json!("pmem0"));
+    let limiter = json!({"ops": {"size": 10, "refill_time": 100}});
+    api.patch("/pmem/p", json!({"id": "p", "rate_limiter": limiter}))?;
+    assert_eq!(api.get_json("/vm/config")?["pmem"][0]["rate_limiter"], limiter);
+    let fault = api.send("PATCH", "/pmem/q", r#"{"id":"q"}"#)?.fault()?;
+    assert!(fault.contains("no persistent memory 'q'"), "{fault}");
+    Ok(())
+}
+
+#[test]
+fn who_has_sent_all_that_he_will_still_gets_his_answer() -> Result<()> {
+    let setup = Setup::new()?;
+    let (_program, api) = setup.api()?;
+    for request in
+        ["GET /version HTTP/1.1\r\nHost: x\r\n\r\n", "PUT /mmds HTTP/1.0\r\nContent-Length: 2\r\n\r\n{}"]
+    {
+        let mut client = api.connect()?;
+        client.write_all(request.as_bytes())?;
+        client.shutdown(std::net::Shutdown::Write)?;
+        let mut answer = String::new();
+        client.read_to_string(&mut answer)?;
+        assert!(answer.contains(" 20"), "{answer:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn who_follows_events_before_the_start_sees_it() -> Result<()> {
+    let setup = Setup::new()?;
+    let (program, api) = setup.api()?;
+    let events = api.follow("/vmm/v1/events")?;
+    setup.configure(&api)?;
+    api.put("/actions", json!({"action_type": "InstanceStart"}))?;
+    api.put("/vmm/v1/stop", json!({"deadline_s": 0}))?;
+    let states: Vec<_> = events.filter_map(|event| event["state"].as_str().map(str::to_owned)).collect();
+    assert_eq!(states, ["created", "running", "stopping", "stopped"]);
+    assert_eq!(program.wait()?.status.code(), Some(0));
     Ok(())
 }
 

@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use tokio::sync::watch;
 use vmm_core::config::Transport;
 use vmm_core::devices::registry::Patch;
 use vmm_core::{Vm, VmConfig, VmState};
 
-use super::firecracker::types::{FullConfiguration, Logger};
-use super::http::Refusal;
+use super::firecracker::types::{FullConfiguration, Logger, MmdsContents};
+use super::http::{MAX_BODY, Refusal};
 use super::metrics::MetricsFile;
 use crate::logging::Logging;
 
@@ -35,10 +36,16 @@ pub struct Control {
     orders: Sender<Order>,
     logging: Arc<Logging>,
     metrics: MetricsFile,
+    /// Most bytes of metadata.
+    metadata_limit: usize,
+    /// For those who wait for the start.
+    launched: watch::Sender<Option<Arc<Vm>>>,
 }
 
 struct State {
     configuration: FullConfiguration,
+    /// What guests can ask for, once there is something.
+    metadata: Option<MmdsContents>,
     started: Option<Started>,
 }
 
@@ -50,20 +57,32 @@ struct Started {
 }
 
 impl Control {
-    /// Controls a machine that is still to be configured: it is named `id` and reaches its devices by `transport`.
-    pub fn empty(id: &str, transport: Transport, orders: Sender<Order>, logging: Arc<Logging>) -> Self {
-        let state = Mutex::new(State { configuration: FullConfiguration::default(), started: None });
-        Self { id: id.into(), transport, state, orders, logging, metrics: MetricsFile::default() }
+    /// Controls a machine that is still to be configured: it is named `id`, reaches its devices by `transport`, and has
+    /// at most `metadata_limit` bytes of metadata.
+    pub fn empty(
+        id: &str,
+        transport: Transport,
+        metadata_limit: usize,
+        orders: Sender<Order>,
+        logging: Arc<Logging>,
+    ) -> Self {
+        let state = State { configuration: FullConfiguration::default(), metadata: None, started: None };
+        let (state, metrics) = (Mutex::new(state), MetricsFile::default());
+        let launched = watch::Sender::new(None);
+        Self { id: id.into(), transport, state, orders, logging, metrics, metadata_limit, launched }
     }
 
     /// Controls a machine that is there already.
     pub fn of(name: &str, vm: Arc<Vm>, logging: Arc<Logging>) -> Self {
         let config = vm.config();
         let (configuration, transport) = (FullConfiguration::of(&config), config.transport);
-        let state = Mutex::new(State { configuration, started: Some(Started::with_its_own_names(vm)) });
+        let launched = watch::Sender::new(Some(vm.clone()));
+        let (metadata, started) = (MmdsContents::of(&config), Started::with_its_own_names(vm));
+        let state = Mutex::new(State { configuration, metadata, started: Some(started) });
         // Not used: what it takes is done before the start.
         let (orders, _) = std::sync::mpsc::channel();
-        Self { id: name.into(), transport, state, orders, logging, metrics: MetricsFile::default() }
+        let (metrics, metadata_limit) = (MetricsFile::default(), MAX_BODY);
+        Self { id: name.into(), transport, state, orders, logging, metrics, metadata_limit, launched }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -100,6 +119,16 @@ impl Control {
         self.lock().started.as_ref().map(|started| started.vm.clone())
     }
 
+    /// The machine, as soon as it has been started.
+    pub async fn when_started(&self) -> Arc<Vm> {
+        let mut launched = self.launched.subscribe();
+        match launched.wait_for(Option::is_some).await.map(|vm| vm.clone()) {
+            Ok(Some(vm)) => vm,
+            // The sender lives as long as `self`.
+            _ => std::future::pending().await,
+        }
+    }
+
     fn started(&self) -> Result<Started, Refusal> {
         let refused =
             || Refusal("The requested operation is not supported before starting the microVM.".into());
@@ -109,9 +138,9 @@ impl Control {
     /// In Firecracker's words, where the machine is in its life.
     pub fn state_name(&self) -> &'static str {
         match self.lock().started.as_ref().map(|started| started.vm.state()) {
-            None | Some(VmState::Created) => "Not started",
+            None | Some(VmState::Created | VmState::Stopped(_)) => "Not started",
             Some(VmState::Paused) => "Paused",
-            Some(VmState::Running | VmState::Stopping | VmState::Stopped(_)) => "Running",
+            Some(VmState::Running | VmState::Stopping) => "Running",
         }
     }
 
@@ -121,14 +150,17 @@ impl Control {
         if state.started.is_some() {
             return Err(not_after_start());
         }
-        let machine = state.configuration.machine(self.transport).map_err(Refusal)?;
+        let nothing = MmdsContents::default();
+        let contents = state.metadata.as_ref().unwrap_or(&nothing);
+        let machine = state.configuration.machine(self.transport, contents).map_err(Refusal)?;
         let names = machine.config.device_names();
         let (reply, answer) = mpsc::channel();
         let ended = |_| Refusal("The program is ending.".into());
         self.orders.send(Order::Launch { config: machine.config, reply }).map_err(|_| ended(()))?;
         let vm = answer.recv().map_err(|_| ended(()))?.map_err(Refusal)?;
         let devices = machine.ids.into_iter().zip(names).filter_map(|(id, name)| Some((id?, name)));
-        state.started = Some(Started { vm, devices: devices.collect() });
+        state.started = Some(Started { vm: vm.clone(), devices: devices.collect() });
+        self.launched.send_replace(Some(vm));
         Ok(())
     }
 
@@ -154,7 +186,37 @@ impl Control {
         vm.update(name, patch)?;
         // Under the lock, so that of two changes the later one is seen.
         let mut state = self.lock();
-        state.configuration.take_over(&FullConfiguration::of(&vm.config()), &devices);
+        let config = vm.config();
+        state.configuration.take_over(&FullConfiguration::of(&config), &devices);
+        if let Some(contents) = MmdsContents::of(&config) {
+            state.metadata = Some(contents);
+        }
+        Ok(())
+    }
+
+    /// What guests can ask for, if anything was said.
+    pub fn metadata(&self) -> Option<MmdsContents> {
+        self.lock().metadata.clone()
+    }
+
+    /// Changes what guests can ask for. After an error it is as it was.
+    pub fn set_metadata(
+        &self,
+        change: impl FnOnce(Option<MmdsContents>) -> Result<MmdsContents, Refusal>,
+    ) -> Result<(), Refusal> {
+        // Until the end, so that of two changes none is lost.
+        let mut state = self.lock();
+        let contents = change(state.metadata.clone())?;
+        let (len, limit) = (serde_json::to_vec(&contents)?.len(), self.metadata_limit);
+        if len > limit {
+            return Err(Refusal(format!("The metadata would have {len} bytes; {limit} is the limit.")));
+        }
+        if let Some(started) = &state.started {
+            for (name, patch) in contents.patches(&started.vm.config()) {
+                started.vm.update(&name, patch)?;
+            }
+        }
+        state.metadata = Some(contents);
         Ok(())
     }
 

@@ -251,11 +251,15 @@ impl<C: Send + Sync + 'static> Calls<C> {
             .build()
     }
 
-    /// The router of all calls. What is none of them is refused as everything else is.
-    pub fn router(self) -> Router {
-        let unknown = |request: HttpRequest| async move {
+    /// The router of all calls. What is none of them is refused as everything else is; `missing` says of a method and a
+    /// path what is not there yet, if it is something that somebody can expect.
+    pub fn router(self, missing: fn(&str, &str) -> Option<&'static str>) -> Router {
+        let unknown = move |request: HttpRequest| async move {
             let (method, path) = (request.method(), request.uri().path());
-            Refusal(format!("Invalid request method and/or path: {method} {path}."))
+            Refusal(match missing(method.as_str(), path) {
+                Some(what) => format!("{method} {path}: {what} not supported yet."),
+                None => format!("Invalid request method and/or path: {method} {path}."),
+            })
         };
         let named = axum::middleware::map_response(|mut response: Response| async {
             response.headers_mut().insert(SERVER, HeaderValue::from_static("vmm"));
@@ -351,6 +355,8 @@ async fn converse(
 ) -> Result<(), hyper::Error> {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(PATIENCE).max_buf_size(64 << 10);
+    // Who ends its side after the request, as netcat does, still reads.
+    http.half_close(true);
     let service = TowerToHyperService::new(router);
     let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service).with_upgrades());
     let mut end = pin!(ending.changed());

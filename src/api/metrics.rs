@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::Write;
+use std::io::{self, ErrorKind, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Mutex;
@@ -15,7 +15,13 @@ use vmm_core::exits::ExitCount;
 
 /// Where Firecracker's clients want metrics written, if anywhere.
 #[derive(Default)]
-pub struct MetricsFile(Mutex<Option<File>>);
+pub struct MetricsFile(Mutex<Option<Sink>>);
+
+struct Sink {
+    file: File,
+    /// The end of a line that a FIFO had no room for: it comes before the next line.
+    rest: Vec<u8>,
+}
 
 impl MetricsFile {
     /// Opens the file or FIFO at `path`; an error is a sentence. A FIFO needs no reader yet.
@@ -26,7 +32,7 @@ impl MetricsFile {
         match &*slot {
             Some(_) => Err("The metrics file is set already.".into()),
             None => {
-                *slot = Some(file);
+                *slot = Some(Sink { file, rest: Vec::new() });
                 Ok(())
             }
         }
@@ -35,10 +41,32 @@ impl MetricsFile {
     /// Writes one line with everything that is counted; an error is a sentence.
     pub fn flush(&self, vm: Option<&Vm>) -> Result<(), String> {
         let mut slot = self.0.lock().unwrap_or_else(|e| e.into_inner());
-        let Some(file) = &mut *slot else { return Ok(()) };
-        let mut line = line(vm).to_string();
-        line.push('\n');
-        file.write_all(line.as_bytes()).map_err(|error| format!("Cannot write the metrics: {error}."))
+        let Some(sink) = &mut *slot else { return Ok(()) };
+        let line = line(vm).to_string() + "\n";
+        sink.write(line.as_bytes()).map_err(|error| format!("Cannot write the metrics: {error}."))
+    }
+}
+
+impl Sink {
+    /// Writes a line whole or not at all, as whoever reads it sees it, and waits for nobody.
+    fn write(&mut self, line: &[u8]) -> io::Result<()> {
+        while !self.rest.is_empty() {
+            let written = self.file.write(&self.rest)?;
+            self.rest.drain(..written);
+        }
+        let mut left = line;
+        while !left.is_empty() {
+            match self.file.write(left) {
+                Ok(written) => left = &left[written..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if left.len() == line.len() => return Err(error),
+                Err(_) => {
+                    self.rest = left.to_vec();
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
     }
 }
 
@@ -137,4 +165,31 @@ pub fn prometheus(id: &str, vm: Option<&Vm>) -> String {
 /// A label's value.
 fn label(text: &str) -> String {
     text.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_longer_than_a_fifo_has_room_for_is_not_torn() {
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::NONBLOCK).unwrap();
+        let mut sink = Sink { file: writer.into(), rest: Vec::new() };
+        let line = |byte: u8| [&vec![byte; 50_000][..], b"\n"].concat();
+        let mut read = Vec::new();
+        let mut take = || {
+            let mut bytes = vec![0; 1 << 20];
+            let n = rustix::io::read(&reader, &mut bytes).unwrap();
+            read.extend_from_slice(&bytes[..n]);
+        };
+        sink.write(&line(b'a')).unwrap();
+        sink.write(&line(b'b')).unwrap();
+        sink.write(&line(b'c')).unwrap_err();
+        take();
+        sink.write(&line(b'd')).unwrap();
+        take();
+        sink.write(b"e\n").unwrap();
+        take();
+        assert!(read == [&line(b'a')[..], &line(b'b'), &line(b'd'), b"e\n"].concat());
+    }
 }

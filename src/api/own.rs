@@ -188,14 +188,16 @@ async fn prometheus(control: Arc<Control>) -> Response {
 }
 
 async fn events(control: Arc<Control>) -> Result<Response, Refusal> {
-    // It waits while a machine is being built, and other clients are served on this thread.
-    let vm = tokio::task::spawn_blocking(move || control.vm()).await??;
-    let lines = Lines(vm.events());
+    let lines = Lines::Waiting(Box::pin(async move { control.when_started().await.events() }));
     Ok(([(CONTENT_TYPE, "application/x-ndjson")], Body::new(lines)).into_response())
 }
 
 /// Events as the body of an answer, which grows as they happen.
-struct Lines(Events);
+enum Lines {
+    /// For the machine to be started.
+    Waiting(Pin<Box<dyn Future<Output = Events> + Send>>),
+    Following(Events),
+}
 
 impl hyper::body::Body for Lines {
     type Data = Bytes;
@@ -205,7 +207,11 @@ impl hyper::body::Body for Lines {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let event = ready!(self.0.poll_next(context));
+        if let Self::Waiting(started) = &mut *self {
+            *self = Self::Following(ready!(started.as_mut().poll(context)));
+        }
+        let Self::Following(events) = &mut *self else { return Poll::Pending };
+        let event = ready!(events.poll_next(context));
         Poll::Ready(event.map(|event| {
             let mut line = event_json(&event).to_string();
             line.push('\n');

@@ -12,10 +12,11 @@ use tracing_subscriber::filter::Targets;
 use vmm_core::Vm;
 use vmm_core::config::Transport;
 use vmm_core::console::WhenFull;
+use vmm_core::devices::virtio::net::mmds::Metadata;
 
 use super::{run, say};
 use crate::api::firecracker::VERSION;
-use crate::api::firecracker::types::{FullConfiguration, Logger, Metrics};
+use crate::api::firecracker::types::{FullConfiguration, Logger, Metrics, MmdsContents};
 use crate::api::strict;
 use crate::api::{Control, MAX_BODY, Order, Socket, open_api};
 use crate::exit::{ExitStatus, UsageError};
@@ -59,6 +60,8 @@ pub fn run(args: &ApiArgs, start: Instant) -> anyhow::Result<ExitStatus> {
         id: args.id.clone(),
         transport: args.transport,
         max_body: MAX_BODY,
+        metadata_limit: MAX_BODY,
+        metadata: None,
         logging: Logging::start(&args.log, None)?,
         launch: None,
         metrics: None,
@@ -110,7 +113,7 @@ struct FirecrackerArgs {
     /// Largest body of a request in bytes
     #[arg(long, value_name = "BYTES", default_value_t = MAX_BODY)]
     http_api_max_payload_size: usize,
-    /// Taken and without effect: there is no metadata service
+    /// Most bytes of metadata; as the largest body of a request if it is left out
     #[arg(long, value_name = "BYTES")]
     mmds_size_limit: Option<usize>,
     /// Taken and without effect: there are no seccomp filters
@@ -155,9 +158,7 @@ pub fn firecracker(start: Instant) -> anyhow::Result<ExitStatus> {
     if args.version {
         return super::print(format!("Firecracker v{VERSION}\n").as_bytes());
     }
-    if args.metadata.is_some() {
-        return Err(UsageError("--metadata is not supported yet".into()).into());
-    }
+    let metadata = args.metadata.as_deref().map(Metadata::read).transpose().map_err(UsageError)?;
     let level = serde_json::from_value(args.level.clone().into());
     let level = level.map_err(|_| {
         UsageError(format!("'{}' is no level; use Off, Trace, Debug, Info, Warn or Error", args.level))
@@ -177,6 +178,8 @@ pub fn firecracker(start: Instant) -> anyhow::Result<ExitStatus> {
         id: args.id,
         transport: if args.enable_pci { Transport::Pci } else { Transport::Mmio },
         max_body: args.http_api_max_payload_size,
+        metadata_limit: args.mmds_size_limit.unwrap_or(args.http_api_max_payload_size),
+        metadata: metadata.map(|metadata| MmdsContents(metadata.data)),
         logging,
         metrics: args.metrics_path.map(|metrics_path| Metrics { metrics_path }),
         launch,
@@ -199,6 +202,8 @@ struct Service {
     id: String,
     transport: Transport,
     max_body: usize,
+    metadata_limit: usize,
+    metadata: Option<MmdsContents>,
     logging: Arc<Logging>,
     metrics: Option<Metrics>,
     /// Is to be started at once.
@@ -210,7 +215,11 @@ impl Service {
         run::raise_file_limit();
         let signals = SignalThread::start()?;
         let (launcher, launches) = mpsc::channel();
-        let control = Arc::new(Control::empty(&self.id, self.transport, launcher, self.logging.clone()));
+        let (transport, limit) = (self.transport, self.metadata_limit);
+        let control = Arc::new(Control::empty(&self.id, transport, limit, launcher, self.logging.clone()));
+        if let Some(contents) = self.metadata {
+            control.set_metadata(|_| Ok(contents)).map_err(|refusal| anyhow!(refusal.0))?;
+        }
         if let Some(metrics) = &self.metrics {
             control.metrics().open(&metrics.metrics_path).map_err(|sentence| anyhow!(sentence))?;
         }

@@ -6,9 +6,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::Duration;
 
 use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use vmm_core::console::{ConsoleInput, ConsoleReader};
 use vmm_core::devices::virtio::unix_listener::UnixListener;
 
@@ -17,6 +19,8 @@ use super::log::Log;
 
 /// Who can be attached at a time.
 const MAX_CLIENTS: usize = 16;
+/// How long to wait when nobody can be taken.
+const RETRY: Duration = Duration::from_millis(100);
 /// Most bytes of one write.
 const CHUNK: usize = 16 << 10;
 
@@ -42,9 +46,12 @@ impl ConsoleServer {
         let work = move || {
             loop {
                 _ = poll(&mut [PollFd::new(&server.socket.as_fd(), PollFlags::IN)], None);
-                // It fails when somebody has changed his mind.
-                if let Ok(client) = server.socket.accept() {
-                    server.add(client, &input);
+                match server.socket.accept() {
+                    Ok(client) => server.add(client, &input),
+                    // Somebody has changed his mind.
+                    Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => {}
+                    // Out of descriptors, most likely: others may give some back.
+                    Err(_) => thread::sleep(RETRY),
                 }
             }
         };
@@ -90,7 +97,7 @@ impl ConsoleServer {
     }
 
     /// Copies the guest's output until its end.
-    pub fn copy_output(&self, mut console: ConsoleReader, settle: std::time::Duration) {
+    pub fn copy_output(&self, mut console: ConsoleReader, settle: Duration) {
         let mut buf = [0; CHUNK];
         // The reader does not fail, it ends.
         while let Ok(n @ 1..) = console.read_burst(&mut buf, settle) {

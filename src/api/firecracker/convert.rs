@@ -2,17 +2,20 @@
 
 use std::collections::HashMap;
 
+use serde_json::{Map, Value};
 use vmm_core::VmConfig;
 use vmm_core::config::{SerialConfig, Transport};
 use vmm_core::devices::registry::{DeviceConfig, Patch};
 use vmm_core::devices::size::ByteSize;
 use vmm_core::devices::throttle;
-use vmm_core::devices::virtio::{balloon, block, net, rng, vsock};
+use vmm_core::devices::virtio::net::mmds::{Metadata, Version};
+use vmm_core::devices::virtio::{balloon, block, net, pmem, rng, vsock};
 use vmm_core::memory::HugePages;
 
 use super::types::{
     Balloon, BootSource, CacheType, Drive, Entropy, FullConfiguration, HugePages as FirecrackerPages,
-    IoEngine, MachineConfiguration, NetworkInterface, RateLimiter, Serial, TokenBucket, Vsock,
+    IoEngine, MachineConfiguration, MmdsConfig, MmdsContents, MmdsVersion, NetworkInterface, Pmem,
+    RateLimiter, Serial, TokenBucket, Vsock,
 };
 
 /// What the guest's kernel gets from a client that gives it no command line: a guest that ends instead of hanging.
@@ -28,8 +31,8 @@ pub struct Machine {
 }
 
 impl FullConfiguration {
-    /// The machine that this describes; an error is a sentence for the client.
-    pub fn machine(&self, transport: Transport) -> Result<Machine, String> {
+    /// The machine that this describes, with this metadata; an error is a sentence for the client.
+    pub fn machine(&self, transport: Transport, contents: &MmdsContents) -> Result<Machine, String> {
         let boot = self
             .boot_source
             .as_ref()
@@ -43,8 +46,15 @@ impl FullConfiguration {
             devices.push((Some(drive.drive_id.clone()), DeviceConfig::Disk(disk(drive)?)));
             append.extend(drive.root_partition().map(|id| format!("root=PARTUUID={id} {}", drive.mode())));
         }
+        for memory in &self.pmem {
+            devices.push((Some(memory.id.clone()), DeviceConfig::Pmem(memory.device())));
+        }
+        self.mmds_config.as_ref().map_or(Ok(()), |mmds| mmds.check(&self.network_interfaces))?;
         for interface in &self.network_interfaces {
-            devices.push((Some(interface.iface_id.clone()), DeviceConfig::Net(network(interface)?)));
+            let allowed = |mmds: &&MmdsConfig| mmds.network_interfaces.contains(&interface.iface_id);
+            let metadata = self.mmds_config.as_ref().filter(allowed).map(|mmds| mmds.metadata(contents));
+            let config = net::Config { metadata, ..network(interface)? };
+            devices.push((Some(interface.iface_id.clone()), DeviceConfig::Net(config)));
         }
         if let Some(vsock) = &self.vsock {
             let (path, cid) = (vsock.uds_path.clone(), vsock.guest_cid);
@@ -138,6 +148,119 @@ fn network(interface: &NetworkInterface) -> Result<net::Config, String> {
     })
 }
 
+impl MmdsConfig {
+    /// Checks that these interfaces can serve it; an error is a sentence.
+    pub fn check(&self, interfaces: &[NetworkInterface]) -> Result<(), String> {
+        if self.network_interfaces.is_empty() {
+            return Err(
+                "network_interfaces is empty; name an interface that metadata is asked for by.".into()
+            );
+        }
+        for id in &self.network_interfaces {
+            if !interfaces.iter().any(|interface| interface.iface_id == *id) {
+                return Err(format!("There is no network interface '{id}'; PUT it first."));
+            }
+        }
+        let checked = self.metadata(&MmdsContents::default()).checked();
+        checked.map(drop).map_err(|sentence| format!("ipv4_address: {sentence}."))
+    }
+
+    /// What an interface has of it, with these contents.
+    fn metadata(&self, contents: &MmdsContents) -> Metadata {
+        Metadata {
+            data: contents.0.clone(),
+            version: match self.version {
+                MmdsVersion::V1 => Version::V1,
+                MmdsVersion::V2 => Version::V2,
+            },
+            address: self.ipv4_address,
+            imds_compat: self.imds_compat,
+        }
+    }
+
+    /// What interfaces of these names say of it.
+    fn of(metadata: &Metadata, network_interfaces: Vec<String>) -> Self {
+        Self {
+            network_interfaces,
+            version: match metadata.version {
+                Version::V1 => MmdsVersion::V1,
+                Version::V2 => MmdsVersion::V2,
+            },
+            ipv4_address: metadata.address,
+            imds_compat: metadata.imds_compat,
+        }
+    }
+}
+
+impl MmdsContents {
+    /// What the guest of this machine can ask for, if anything.
+    pub fn of(config: &VmConfig) -> Option<Self> {
+        config.devices.iter().find_map(metadata_of).map(|metadata| Self(metadata.data.clone()))
+    }
+
+    /// What changes these contents into `self`: for each interface of this machine that has metadata, by its name.
+    pub fn patches(&self, config: &VmConfig) -> Vec<(String, Patch)> {
+        let with = |metadata: &Metadata| Metadata { data: self.0.clone(), ..metadata.clone() };
+        let patch = |metadata| {
+            // What was read from JSON can be written.
+            let value = serde_json::to_value(with(metadata)).unwrap_or_default();
+            Patch::from_iter([("metadata".to_owned(), value)])
+        };
+        let named = config.devices.iter().zip(config.device_names());
+        named.filter_map(|(device, name)| Some((name, patch(metadata_of(device)?)))).collect()
+    }
+
+    /// Changes these contents as RFC 7396 has it: what is null goes, objects are merged, and all else is replaced.
+    pub fn merge(&mut self, patch: Self) {
+        merge(&mut self.0, patch.0);
+    }
+}
+
+fn metadata_of(device: &DeviceConfig) -> Option<&Metadata> {
+    match device {
+        DeviceConfig::Net(net) => net.metadata.as_ref(),
+        _ => None,
+    }
+}
+
+fn merge(target: &mut Map<String, Value>, patch: Map<String, Value>) {
+    for (key, value) in patch {
+        match (value, target.get_mut(&key)) {
+            (Value::Null, _) => _ = target.remove(&key),
+            (Value::Object(patch), Some(Value::Object(target))) => merge(target, patch),
+            (Value::Object(patch), _) => {
+                // Also in what is new, null is nothing.
+                let mut new = Map::new();
+                merge(&mut new, patch);
+                target.insert(key, new.into());
+            }
+            (value, _) => _ = target.insert(key, value),
+        }
+    }
+}
+
+impl Pmem {
+    fn device(&self) -> pmem::Config {
+        pmem::Config {
+            path: self.path_on_host.clone(),
+            ro: self.read_only,
+            ops: limits(self.rate_limiter).ops,
+            id: None,
+            root: self.root_device,
+        }
+    }
+
+    fn of(memory: &pmem::Config, id: String) -> Self {
+        Self {
+            id,
+            path_on_host: memory.path.clone(),
+            root_device: memory.root,
+            read_only: memory.ro,
+            rate_limiter: limiter(throttle::Limits { bandwidth: None, ops: memory.ops }),
+        }
+    }
+}
+
 impl Balloon {
     /// The device.
     pub fn device(&self) -> Result<balloon::Config, String> {
@@ -208,7 +331,12 @@ impl FullConfiguration {
             },
             ..Self::default()
         };
-        for (device, name) in config.devices.iter().zip(config.device_names()) {
+        let named = || config.devices.iter().zip(config.device_names());
+        let with_metadata = || named().filter_map(|(device, name)| Some((metadata_of(device)?, name)));
+        full.mmds_config = with_metadata()
+            .next()
+            .map(|(metadata, _)| MmdsConfig::of(metadata, with_metadata().map(|(_, name)| name).collect()));
+        for (device, name) in named() {
             match device {
                 DeviceConfig::Disk(disk) => full.drives.push(Drive::of(disk, name)),
                 DeviceConfig::Net(net) => full.network_interfaces.extend(NetworkInterface::of(net, name)),
@@ -220,7 +348,8 @@ impl FullConfiguration {
                     let limits = throttle::Limits { bandwidth: *bandwidth, ops: *ops };
                     full.entropy = Some(Entropy { rate_limiter: limiter(limits) });
                 }
-                DeviceConfig::Pmem(_) | DeviceConfig::Console(_) => {}
+                DeviceConfig::Pmem(memory) => full.pmem.push(Pmem::of(memory, name)),
+                DeviceConfig::Console(_) => {}
             }
         }
         full
@@ -243,6 +372,12 @@ impl FullConfiguration {
             if let Some(new) = now.network_interfaces.iter().find(|new| Some(&new.iface_id) == name) {
                 interface.rx_rate_limiter = new.rx_rate_limiter;
                 interface.tx_rate_limiter = new.tx_rate_limiter;
+            }
+        }
+        for memory in &mut self.pmem {
+            let name = names.get(&memory.id);
+            if let Some(new) = now.pmem.iter().find(|new| Some(&new.id) == name) {
+                memory.rate_limiter = new.rate_limiter;
             }
         }
         self.balloon.clone_from(&now.balloon);
@@ -323,7 +458,7 @@ mod tests {
                 "balloon": {"amount_mib": 3, "deflate_on_oom": true}
             }"#,
         )
-        .machine(Transport::Mmio)
+        .machine(Transport::Mmio, &MmdsContents::default())
         .unwrap();
         let Machine { config, ids } = machine;
         assert_eq!(
@@ -342,12 +477,32 @@ mod tests {
     }
 
     #[test]
+    fn a_patch_of_metadata_is_a_merge() {
+        // From RFC 7396, appendix A, as far as both are objects.
+        for (target, patch, want) in [
+            (r#"{"a":"b"}"#, r#"{"a":"c"}"#, r#"{"a":"c"}"#),
+            (r#"{"a":"b"}"#, r#"{"b":"c"}"#, r#"{"a":"b","b":"c"}"#),
+            (r#"{"a":"b","b":"c"}"#, r#"{"a":null}"#, r#"{"b":"c"}"#),
+            (r#"{"a":["b"]}"#, r#"{"a":"c"}"#, r#"{"a":"c"}"#),
+            (r#"{"a":"c"}"#, r#"{"a":["b"]}"#, r#"{"a":["b"]}"#),
+            (r#"{"a":{"b":"c"}}"#, r#"{"a":{"b":"d","c":null}}"#, r#"{"a":{"b":"d"}}"#),
+            (r#"{"a":[{"b":"c"}]}"#, r#"{"a":[1]}"#, r#"{"a":[1]}"#),
+            (r#"{"e":null}"#, r#"{"a":1}"#, r#"{"a":1,"e":null}"#),
+            (r#"{}"#, r#"{"a":{"bb":{"ccc":null}}}"#, r#"{"a":{"bb":{}}}"#),
+        ] {
+            let mut contents: MmdsContents = serde_json::from_str(target).unwrap();
+            contents.merge(serde_json::from_str(patch).unwrap());
+            assert_eq!(serde_json::to_string(&contents).unwrap(), want, "{target} {patch}");
+        }
+    }
+
+    #[test]
     fn a_partition_can_be_the_root() {
         let machine = full(
             r#"{"boot-source": {"kernel_image_path": "k", "boot_args": "x"},
                 "drives": [{"drive_id": "a", "path_on_host": "d", "is_root_device": true, "partuuid": "01-02"}]}"#,
         );
-        let config = machine.machine(Transport::Mmio).unwrap().config;
+        let config = machine.machine(Transport::Mmio, &MmdsContents::default()).unwrap().config;
         assert_eq!(config.kernel_command_line(&[]).unwrap(), "x root=PARTUUID=01-02 rw");
     }
 
@@ -373,7 +528,7 @@ mod tests {
                 "free_page_hinting",
             ),
         ] {
-            let error = full(&text).machine(Transport::Mmio).unwrap_err();
+            let error = full(&text).machine(Transport::Mmio, &MmdsContents::default()).unwrap_err();
             assert!(error.contains(want), "{error}");
         }
     }

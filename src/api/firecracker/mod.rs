@@ -10,16 +10,16 @@ use std::path::Path;
 use rustix::fs::OFlags;
 use serde_json::Value;
 use utoipa::openapi::HttpMethod::{Get, Patch, Put};
-use vmm_core::VmConfig;
 use vmm_core::devices::registry::Patch as DevicePatch;
+use vmm_core::{VmConfig, VmState};
 
 use super::control::Control;
 use super::http::{Calls, Json, Refusal, Request};
 use types::{
     Action, ActionType, Balloon, BalloonStatistics, BalloonStatsUpdate, BalloonUpdate, BootSource,
     CpuTemplate, Drive, DriveUpdate, Entropy, FirecrackerVersion, FullConfiguration, InstanceInfo, Logger,
-    MachineConfiguration, MachineConfigurationUpdate, Metrics, NetworkInterface, NetworkInterfaceUpdate,
-    Serial, Vm, VmTarget, Vsock,
+    MachineConfiguration, MachineConfigurationUpdate, Metrics, MmdsConfig, MmdsContents, NetworkInterface,
+    NetworkInterfaceUpdate, Pmem, PmemUpdate, Serial, Vm, VmTarget, Vsock,
 };
 
 /// The version of Firecracker whose API this is.
@@ -52,6 +52,12 @@ pub fn calls(calls: Calls<Control>) -> Calls<Control> {
             "Changes an interface's limits, after the start",
             patch_interface,
         )
+        .call(Put, "/pmem/{id}", "Adds or replaces a disk image as memory, before the start", put_pmem)
+        .call(Patch, "/pmem/{id}", "Changes its limits, after the start", patch_pmem)
+        .call(Put, "/mmds/config", "Sets how guests ask for metadata, before the start", put_mmds_config)
+        .call(Get, "/mmds", "The metadata", metadata)
+        .call(Put, "/mmds", "Sets the metadata", put_metadata)
+        .call(Patch, "/mmds", "Changes the metadata, as RFC 7396 has it", patch_metadata)
         .call(Put, "/vsock", "Adds sockets between host and guest, before the start", put_vsock)
         .call(Get, "/balloon", "The balloon", balloon)
         .call(Put, "/balloon", "Adds a balloon, before the start", put_balloon)
@@ -69,6 +75,19 @@ pub fn calls(calls: Calls<Control>) -> Calls<Control> {
         .call(Put, "/metrics", "Sets where metrics go, before the start", put_metrics)
         .call(Put, "/actions", "Does something", put_actions)
         .call(Patch, "/vm", "Pauses the machine, or lets it go on", patch_vm)
+}
+
+/// What Firecracker has at a path and we do not, with its verb.
+pub fn missing(method: &str, path: &str) -> Option<&'static str> {
+    let first = path.split('/').nth(1)?;
+    Some(match (method, first) {
+        (_, "snapshot") => "snapshots are",
+        (_, "cpu-config") => "custom processor templates are",
+        (_, "hotplug") => "plugging in memory while the machine runs is",
+        (_, "balloon") if path.starts_with("/balloon/hinting/") => "free page hinting is",
+        ("DELETE", "drives" | "pmem" | "network-interfaces") => "taking a device away is",
+        _ => return None,
+    })
 }
 
 fn instance_info(control: &Control, _: Request<()>) -> Answer<InstanceInfo> {
@@ -223,6 +242,49 @@ fn patch_interface(
     control.update("network interface", &id, patch)
 }
 
+fn put_pmem(control: &Control, Request { id, body: Json(memory) }: Request<Json<Pmem>>) -> Done {
+    same_id(&id, &memory.id)?;
+    control.configure(|configuration| {
+        readable("The image", &memory.path_on_host)?;
+        put(&mut configuration.pmem, memory, |memory| &memory.id);
+        Ok(())
+    })
+}
+
+fn patch_pmem(control: &Control, Request { id, body: Json(update) }: Request<Json<PmemUpdate>>) -> Done {
+    same_id(&id, &update.id)?;
+    let mut patch = convert::limits_patch("", update.rate_limiter);
+    // What the guest reads and writes is not seen by anybody.
+    patch.remove("bandwidth");
+    control.update("persistent memory", &id, patch)
+}
+
+fn put_mmds_config(control: &Control, request: Request<Json<MmdsConfig>>) -> Done {
+    control.configure(|configuration| {
+        let mmds = request.body.0;
+        mmds.check(&configuration.network_interfaces).map_err(Refusal)?;
+        configuration.mmds_config = Some(mmds);
+        Ok(())
+    })
+}
+
+fn metadata(control: &Control, _: Request<()>) -> Answer<MmdsContents> {
+    Ok(Json(control.metadata().unwrap_or_default()))
+}
+
+fn put_metadata(control: &Control, request: Request<Json<MmdsContents>>) -> Done {
+    control.set_metadata(|_| Ok(request.body.0))
+}
+
+fn patch_metadata(control: &Control, request: Request<Json<MmdsContents>>) -> Done {
+    control.set_metadata(|contents| {
+        let missing = || Refusal("The MMDS data store is not initialized; PUT /mmds first.".into());
+        let mut contents = contents.ok_or_else(missing)?;
+        contents.merge(request.body.0);
+        Ok(contents)
+    })
+}
+
 fn put_vsock(control: &Control, request: Request<Json<Vsock>>) -> Done {
     control.configure(|configuration| {
         let vsock = request.body.0;
@@ -317,8 +379,8 @@ fn put_actions(control: &Control, request: Request<Json<Action>>) -> Done {
 fn patch_vm(control: &Control, request: Request<Json<Vm>>) -> Done {
     let vm = control.vm()?;
     // As in Firecracker, it is no error to ask for the state that is there.
-    match (request.body.0.state, control.state_name()) {
-        (VmTarget::Paused, "Paused") | (VmTarget::Resumed, "Running") => Ok(()),
+    match (request.body.0.state, vm.state()) {
+        (VmTarget::Paused, VmState::Paused) | (VmTarget::Resumed, VmState::Running) => Ok(()),
         (VmTarget::Paused, _) => Ok(vm.pause()?),
         (VmTarget::Resumed, _) => Ok(vm.resume()?),
     }

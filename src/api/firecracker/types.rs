@@ -1,10 +1,13 @@
 //! Request and answer bodies of Firecracker's API. Names and meaning are those of its documentation.
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use utoipa::ToSchema;
 use vmm_core::devices::throttle;
+use vmm_core::devices::virtio::net::mmds;
 
 /// Answer to every request that failed.
 #[derive(Debug, Serialize, ToSchema)]
@@ -473,6 +476,74 @@ pub struct Metrics {
     pub metrics_path: PathBuf,
 }
 
+/// How guests ask for metadata.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MmdsConfig {
+    /// The interfaces by which they can ask, one at least.
+    #[schema(min_items = 1)]
+    pub network_interfaces: Vec<String>,
+    /// Whether they need a token.
+    #[serde(default)]
+    pub version: MmdsVersion,
+    /// The address at which they ask, of 169.254.1.0 to 169.254.254.255.
+    #[serde(default = "metadata_address")]
+    #[schema(value_type = String, format = "ipv4")]
+    pub ipv4_address: Ipv4Addr,
+    /// All answers are text, whatever they accept.
+    #[serde(default)]
+    pub imds_compat: bool,
+}
+
+fn metadata_address() -> Ipv4Addr {
+    mmds::ADDRESS
+}
+
+/// Whether guests need a token to ask for metadata.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum MmdsVersion {
+    /// They do not.
+    #[default]
+    V1,
+    /// They do.
+    V2,
+}
+
+/// Metadata for guests: an object of any content.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[schema(value_type = Object)]
+pub struct MmdsContents(pub Map<String, Value>);
+
+/// A disk image as memory.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Pmem {
+    /// Its name in this API.
+    pub id: String,
+    /// Image or block device on the host.
+    #[schema(value_type = String)]
+    pub path_on_host: PathBuf,
+    /// The guest's root file system is on it.
+    #[serde(default)]
+    pub root_device: bool,
+    /// The guest can only read it.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Limits, of which `ops` counts flushes; bytes are not seen by anybody.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+/// A change of persistent memory while the machine runs.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PmemUpdate {
+    /// As in the path.
+    pub id: String,
+    /// Other limits.
+    pub rate_limiter: Option<RateLimiter>,
+}
+
 /// Everything that is configured: the answer to `GET /vm/config`, and what `--config-file` takes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -486,6 +557,12 @@ pub struct FullConfiguration {
     pub drives: Vec<Drive>,
     /// Network interfaces.
     pub network_interfaces: Vec<NetworkInterface>,
+    /// Disk images as memory.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub pmem: Vec<Pmem>,
+    /// How guests ask for metadata.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mmds_config: Option<MmdsConfig>,
     /// Sockets between host and guest.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,

@@ -66,7 +66,7 @@ impl Default for Metadata {
 
 impl Metadata {
     /// Checks that the guest does not lose an address of its network's; an error is a sentence.
-    fn checked(self) -> Result<Self, String> {
+    pub fn checked(self) -> Result<Self, String> {
         match self.address.octets() {
             // RFC 3927 §2.1 keeps the first and the last 256 of them back.
             [169, 254, 1..=254, _] => Ok(self),

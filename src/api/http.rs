@@ -157,6 +157,8 @@ pub struct Calls<C> {
     control: Arc<C>,
     max_body: usize,
     router: Router,
+    /// Calls are described as well: nobody who is served needs it, and it takes time.
+    described: bool,
     paths: Paths,
     schemas: Schemas,
 }
@@ -165,7 +167,12 @@ impl<C: Send + Sync + 'static> Calls<C> {
     /// No calls yet; bodies of requests have at most `max_body` bytes.
     pub fn on(control: Arc<C>, max_body: usize) -> Self {
         let schemas = vec![(Fault::name().into_owned(), <Fault as utoipa::PartialSchema>::schema())];
-        Self { control, max_body, router: Router::new(), paths: Paths::new(), schemas }
+        Self { control, max_body, router: Router::new(), described: false, paths: Paths::new(), schemas }
+    }
+
+    /// The same, with a description of each call that is added.
+    pub fn described(self) -> Self {
+        Self { described: true, ..self }
     }
 
     /// Adds the call `method path`. `what`: one line for the document.
@@ -195,6 +202,9 @@ impl<C: Send + Sync + 'static> Calls<C> {
     /// Adds a call that answers with more than JSON: it is not in the table's form, but in the document.
     pub fn raw(mut self, path: &str, what: &str, content: &str, route: axum::routing::MethodRouter) -> Self {
         self.router = self.router.route(path, route);
+        if !self.described {
+            return self;
+        }
         let text = ContentBuilder::new().schema(Some(ObjectBuilder::new().schema_type(Type::String))).build();
         let answer = ResponseBuilder::new().description("as described").content(content, text);
         let operation = OperationBuilder::new().summary(Some(what)).response("200", answer);
@@ -204,6 +214,9 @@ impl<C: Send + Sync + 'static> Calls<C> {
     }
 
     fn document<I: Input, O: Output>(mut self, method: HttpMethod, path: &str, what: &str) -> Self {
+        if !self.described {
+            return self;
+        }
         let mut operation = OperationBuilder::new().summary(Some(what));
         if path.contains("{id}") {
             let schema =

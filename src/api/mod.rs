@@ -55,7 +55,7 @@ impl Socket {
     /// Serves the API on threads of its own. Requests have bodies of at most `max_body` bytes.
     pub fn serve(&self, control: Arc<Control>, max_body: usize) -> anyhow::Result<Server> {
         let socket = std::os::unix::net::UnixListener::from(self.0.as_fd().try_clone_to_owned()?);
-        let router = calls(control.clone(), max_body).router(firecracker::missing);
+        let router = calls(http::Calls::on(control.clone(), max_body)).router(firecracker::missing);
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build()?;
         let (end, wanted) = oneshot::channel();
@@ -90,8 +90,8 @@ impl Socket {
     }
 }
 
-fn calls(control: Arc<Control>, max_body: usize) -> http::Calls<Control> {
-    own::calls(firecracker::calls(http::Calls::on(control, max_body)))
+fn calls(none: http::Calls<Control>) -> http::Calls<Control> {
+    own::calls(firecracker::calls(none))
 }
 
 /// The API's description, as in docs/openapi.json.
@@ -101,7 +101,8 @@ pub fn open_api() -> String {
     let (logging, _) = Logging::new(Form::Text);
     let transport = vmm_core::config::Transport::Mmio;
     let control = Control::empty("", transport, MAX_BODY, orders, logging.into());
-    let document = calls(Arc::new(control), MAX_BODY).open_api("vmm");
+    let none = http::Calls::on(Arc::new(control), MAX_BODY).described();
+    let document = calls(none).open_api("vmm");
     // OpenAPI's registry of formats knows them as `uint32` and `uint64`.
     document.to_pretty_json().unwrap_or_default().replace("\"u-int", "\"uint") + "\n"
 }

@@ -4,10 +4,9 @@
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use harness::{Disk, Guest, Live, Needs, Place, Process, Program, Signal, tools_image};
+use harness::{Disk, Guest, Live, Needs, Place, Signal, SmallHost, tools_image};
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use serde_json::json;
 
@@ -88,25 +87,6 @@ fn a_killed_vmm_loses_nothing_that_was_fsynced_late() -> Result<()> {
     killed_after(150)
 }
 
-/// A file system of its own, of a few bytes, which nobody else sees; gone with the process that holds it.
-struct SmallHost {
-    _holder: Process,
-    path: String,
-}
-
-impl SmallHost {
-    fn new(size: &str) -> Result<Self> {
-        let alone = if rustix::process::geteuid().is_root() { "unshare -m" } else { "unshare -r -m" };
-        let set_up = format!("mount -t tmpfs -o size={size} none /mnt && echo ready $$ && exec sleep 100000");
-        let line = format!("exec {alone} sh -c '{set_up}'");
-        let mut holder = Process::start_local(&Program::shell(&line))?;
-        let deadline = Duration::from_secs(20);
-        holder.expect("ready ", deadline).context("mount a small tmpfs in a namespace of its own")?;
-        let path = format!("/proc/{}/root/mnt/disk.img", holder.expect("\n", deadline)?);
-        Ok(Self { _holder: holder, path })
-    }
-}
-
 /// Whether guests of tests run on this machine, where a test can change the file below them: the lab has a copy.
 fn guests_are_here() -> Result<bool> {
     Ok(!matches!(Place::choose(Needs::AnyKvm)?, Place::Lab(_)))
@@ -121,9 +101,10 @@ const WRITE: &str = "dd if=/dev/urandom of=/tmp/data bs=1M count=16 2>/dev/null;
 #[test]
 fn a_full_host_is_an_error_to_the_guest_and_no_more() -> Result<()> {
     let here = guests_are_here()?;
-    let host = SmallHost::new("8m")?;
-    File::create(&host.path)?.set_len(64 << 20)?;
-    let disk = Disk::of_others(&host.path);
+    let host = SmallHost::new("size=8m")?;
+    let image = host.path("disk.img");
+    File::create(&image)?.set_len(64 << 20)?;
+    let disk = Disk::of_others(&image);
     let run = Guest::new().disk(&disk).shell(WRITE).run()?;
     run.ok()?.expect_line(if here { "failed to write" } else { "all written" })?;
     // What had room is there.

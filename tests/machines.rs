@@ -5,108 +5,21 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use harness::local_kvm;
-use harness::micro::Micro;
+use harness::Machines;
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::Value;
-use tempfile::TempDir;
 use vmm::Milestone;
 
-/// A state directory and kernels, which go with all machines that still run.
-struct State {
-    dir: TempDir,
-}
-
-impl State {
-    /// Where no guest can run, this panics: a run of all tests leaves those of this file out then, and says so.
-    fn new() -> Result<Self> {
-        assert!(local_kvm().is_some(), "this needs a /dev/kvm on this machine");
-        let dir = tempfile::tempdir()?;
-        // hlt for ever
-        Micro::new().print("up\n").raw(&[0xf4, 0xeb, 0xfd]).write(&dir.path().join("idle"))?;
-        Micro::new().print("up\n").reset().write(&dir.path().join("short"))?;
-        Ok(Self { dir })
-    }
-
-    fn state(&self) -> PathBuf {
-        self.dir.path().join("state")
-    }
-
-    /// `vmm` with these words, in which `IDLE` and `SHORT` stand for machines.
-    fn command(&self, words: &str) -> Command {
-        let words = words.replace("IDLE", "-q --no-rootfs --memory 16M --kernel idle");
-        let words = words.replace("SHORT", "-q --no-rootfs --memory 16M --kernel short");
-        let (subcommand, rest) = words.split_once(' ').unwrap_or((&words, ""));
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
-        command.arg(subcommand).arg("--state-dir").arg(self.state()).args(rest.split_whitespace());
-        command
-            .current_dir(self.dir.path())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        command
-    }
-
-    fn start(&self, words: &str) -> Result<Child> {
-        Ok(self.command(words).spawn()?)
-    }
-
-    fn output(&self, words: &str) -> Result<Output> {
-        Ok(self.command(words).output()?)
-    }
-
-    /// What a command prints that has to succeed.
-    fn ok(&self, words: &str) -> Result<String> {
-        let output = self.output(words)?;
-        ensure!(output.status.success(), "vmm {words}: {output:?}");
-        Ok(String::from_utf8(output.stdout)?)
-    }
-
-    /// What a command says that has to fail with this status.
-    fn refused(&self, words: &str, status: i32) -> Result<String> {
-        let output = self.output(words)?;
-        let said = String::from_utf8(output.stderr)?;
-        ensure!(output.status.code() == Some(status), "vmm {words}: {:?}, {said}", output.status);
-        ensure!(said.lines().count() == 1, "vmm {words}: {said}");
-        Ok(said)
-    }
-
-    /// The lines of `vmm ps`.
-    fn ps(&self) -> Result<Vec<Value>> {
-        Ok(serde_json::from_str(&self.ok("ps --format json")?)?)
-    }
-
-    fn pid(&self, name: &str) -> Result<Pid> {
-        let all = self.ps()?;
-        let row = all.iter().find(|row| row["name"] == name).context("it is listed")?;
-        let pid = row["pid"].as_i64().and_then(|pid| Pid::from_raw(pid as i32));
-        pid.with_context(|| format!("it lives: {row}"))
-    }
-
-    /// Waits until the log has `text`.
-    fn expect_log(&self, name: &str, text: &str) -> Result<()> {
-        while !self.ok(&format!("logs {name}"))?.contains(text) {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
-        Ok(())
-    }
-}
-
-impl Drop for State {
-    fn drop(&mut self) {
-        for row in self.ps().unwrap_or_default() {
-            _ = self.output(&format!("rm --force {}", row["name"].as_str().unwrap_or_default()));
-        }
-    }
+fn state() -> Result<Machines> {
+    Machines::new(env!("CARGO_BIN_EXE_vmm"))
 }
 
 #[test]
 fn a_guest_in_the_background_has_a_whole_life() -> Result<()> {
-    let state = State::new()?;
+    let state = state()?;
     assert_eq!(state.ok("run -q --name web --detach")?, "web\n");
     state.expect_log("web", "leaving this shell")?;
     let follower = state.start("logs -f we")?;
@@ -169,7 +82,7 @@ fn a_guest_in_the_background_has_a_whole_life() -> Result<()> {
 
 #[test]
 fn who_leaves_the_console_of_a_quiet_guest_makes_room() -> Result<()> {
-    let state = State::new()?;
+    let state = state()?;
     state.ok("run --detach --name quiet IDLE")?;
     state.expect_log("quiet", "up")?;
     let socket = state.state().join("quiet/console.sock");
@@ -186,7 +99,7 @@ fn who_leaves_the_console_of_a_quiet_guest_makes_room() -> Result<()> {
 
 #[test]
 fn exit_statuses_pass_on_and_nothing_stays_that_shall_not() -> Result<()> {
-    let state = State::new()?;
+    let state = state()?;
     let mut command = state.command("run -q --detach --rm --name job");
     let started = command.args(["--", "sh", "-c", "sleep 1; exit 7"]).output()?;
     ensure!(started.status.success(), "{started:?}");
@@ -208,8 +121,43 @@ fn exit_statuses_pass_on_and_nothing_stays_that_shall_not() -> Result<()> {
 }
 
 #[test]
+fn who_does_not_listen_to_the_power_button_is_killed_when_the_time_is_over() -> Result<()> {
+    let state = state()?;
+    let mut deaf = state.command("run -q --detach --name deaf");
+    let line = "trap '' TERM; echo ready; while :; do sleep 1; done";
+    ensure!(deaf.args(["--", "sh", "-c", line]).output()?.status.success(), "it starts");
+    state.expect_log("deaf", "ready")?;
+    state.ok("stop --time 1 deaf")?;
+    let row = &state.ps()?[0];
+    assert_eq!((&row["state"], &row["reason"]), (&"ended".into(), &"stopped on request".into()), "{row}");
+    Ok(())
+}
+
+#[test]
+fn a_name_is_free_again_when_its_machine_is_removed_and_not_before() -> Result<()> {
+    let state = state()?;
+    for _ in 0..3 {
+        state.ok("run --detach --rm --name x IDLE")?;
+        assert!(state.refused("run --detach --name x IDLE", 1)?.contains("'x' runs already"));
+        assert!(state.refused("run --name x SHORT", 1)?.contains("'x' runs already"));
+        state.ok("kill x")?;
+    }
+    state.ok("run --name x SHORT")?;
+    for _ in 0..2 {
+        assert!(state.refused("run --detach --name x IDLE", 1)?.contains("say 'vmm rm x'"));
+        state.ok("rm x")?;
+        state.ok("run --detach --rm --name x IDLE")?;
+        // Nobody is left who could remove it.
+        kill_process(state.pid("x")?, Signal::KILL)?;
+        assert!(state.refused("wait x", 1)?.contains("was killed"));
+    }
+    state.ok("rm --force x")?;
+    state.expect_nothing_left()
+}
+
+#[test]
 fn a_name_is_one_machines_however_many_want_it() -> Result<()> {
-    let state = State::new()?;
+    let state = state()?;
     let attempts: Vec<Child> =
         (0..8).map(|_| state.start("run --detach --name one IDLE")).collect::<Result<_>>()?;
     let outputs: Vec<Output> =
@@ -226,7 +174,7 @@ fn a_name_is_one_machines_however_many_want_it() -> Result<()> {
 
 #[test]
 fn what_is_killed_is_known_to_be_dead_and_can_be_removed() -> Result<()> {
-    let state = State::new()?;
+    let state = state()?;
     for name in ["a", "b", "c"] {
         state.ok(&format!("run --detach --name {name} IDLE"))?;
     }
@@ -252,49 +200,16 @@ fn what_is_killed_is_known_to_be_dead_and_can_be_removed() -> Result<()> {
 }
 
 #[test]
-fn many_machines_come_and_go_and_leave_nothing() -> Result<()> {
-    let state = State::new()?;
-    let names: Vec<String> = (0..20).map(|i| format!("vm{i:02}")).collect();
-    let starts: Vec<Child> = names
-        .iter()
-        .map(|name| state.start(&format!("run --detach --name {name} IDLE")))
-        .collect::<Result<_>>()?;
-    for child in starts {
-        let output = child.wait_with_output()?;
-        ensure!(output.status.success(), "{output:?}");
-    }
-    let all = state.ps()?;
-    assert_eq!(all.iter().filter(|row| row["state"] == "running").count(), names.len(), "{all:?}");
-    let pids: Vec<Pid> = names.iter().map(|name| state.pid(name)).collect::<Result<_>>()?;
-    // It does not listen to the power button.
-    state.ok(&format!("stop --time 0 {}", names.join(" ")))?;
-    state.ok(&format!("rm {}", names.join(" ")))?;
-    assert!(state.ps()?.is_empty());
-    for pid in pids {
-        let gone = || {
-            test_kill_process(pid).is_err()
-                || std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()))
-                    .is_ok_and(|stat| stat.contains(") Z "))
-        };
-        assert!(gone(), "{pid:?} lives");
-    }
-    Ok(())
-}
-
-#[test]
 fn a_terminal_that_closes_does_not_end_what_runs_in_the_background() -> Result<()> {
-    let state = State::new()?;
+    let state = state()?;
     let mut shell = Command::new("setsid");
     let vmm = env!("CARGO_BIN_EXE_vmm");
     let line = format!(
         "{vmm} run --state-dir {} --detach --name bg -q --no-rootfs --memory 16M --kernel idle; kill -HUP -$$",
         state.state().display()
     );
-    let status = shell
-        .args(["--wait", "sh", "-c", &line])
-        .current_dir(state.dir.path())
-        .stdout(Stdio::null())
-        .status()?;
+    let status =
+        shell.args(["--wait", "sh", "-c", &line]).current_dir(state.dir()).stdout(Stdio::null()).status()?;
     assert_eq!(status.signal(), Some(1), "{status:?}");
     assert_eq!(state.ps()?[0]["state"], "running");
     Ok(())
@@ -302,7 +217,7 @@ fn a_terminal_that_closes_does_not_end_what_runs_in_the_background() -> Result<(
 
 #[test]
 fn a_wrong_name_is_told_and_nothing_else_is_meant_by_it() -> Result<()> {
-    let state = State::new()?;
+    let state = state()?;
     for name in ["web", "web-2"] {
         state.ok(&format!("run --detach --name {name} IDLE"))?;
     }
@@ -334,7 +249,7 @@ fn a_wrong_name_is_told_and_nothing_else_is_meant_by_it() -> Result<()> {
 
 #[test]
 fn who_does_not_read_any_more_ends_the_command_of_a_quiet_machine() -> Result<()> {
-    let state = State::new()?;
+    let state = state()?;
     state.ok("run --detach --name quiet IDLE")?;
     state.expect_log("quiet", "up")?;
     for command in ["logs -f quiet", "stats quiet", "attach quiet"] {

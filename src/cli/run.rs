@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args};
 use serde::de::DeserializeOwned;
@@ -256,17 +256,16 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
             socket.serve(Arc::new(Control::of(name, vm.clone(), logging.clone())), MAX_BODY)
         };
         server = socket.as_ref().map(serve).transpose()?;
+        if let Some(named) = named.as_ref().filter(|_| args.in_background) {
+            let log = named.registered.machine().own_log();
+            let log = Log::create(&log).with_context(|| format!("cannot write '{}'", log.display()))?;
+            logging.write_to(log).map_err(|sentence| anyhow!(sentence))?;
+        }
+        // What can fail has not: from here on there is a machine.
         if let Some(named) = named.as_ref().filter(|_| !args.rm) {
             named.registered.keep();
         }
-        match &named {
-            Some(named) if args.in_background => {
-                let log = Log::create(&named.registered.machine().own_log())?;
-                logging.write_to(log).map_err(|sentence| anyhow!(sentence))?;
-                detach::ready()
-            }
-            _ => Ok(()),
-        }
+        if args.in_background { detach::ready() } else { Ok(()) }
     };
     let ended = session::run(&vm, manner, &signals, started);
     let status = ended.and_then(|ended| {

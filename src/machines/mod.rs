@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! STATE/.lock            held while a machine is added or removed
+//! STATE/.new, .old       a machine while it is added or removed
 //! STATE/NAME/lock        locked by the machine's process as long as it lives: its number, then how it ended
 //! STATE/NAME/api.sock    its control API
 //! STATE/NAME/console.sock  its console, when it is detached
@@ -31,6 +32,10 @@ use serde::{Deserialize, Serialize};
 
 /// Longest name of a machine in bytes; with it, the path of its sockets has to fit into a socket's address.
 const NAME_MAX: usize = 32;
+/// Directory of a machine that is being added; no machine has such a name.
+const NEW: &str = ".new";
+/// Directory of a machine that is being removed.
+const OLD: &str = ".old";
 /// How often somebody who waits for a machine's end looks.
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 
@@ -111,25 +116,43 @@ impl StateDir {
         self.make()?;
         let _guard = self.lock()?;
         let machine = Machine { name: name.into(), dir: self.0.join(name) };
-        match fs::DirBuilder::new().mode(0o700).create(&machine.dir) {
-            Ok(()) => {}
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => bail!(match machine.is_alive() {
-                true => format!("a machine named '{name}' runs already; choose another name"),
-                false => format!(
-                    "there is a machine named '{name}' that has ended; say 'vmm rm {name}', or choose another name"
-                ),
-            }),
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot make '{}'", machine.dir.display()));
-            }
-        }
-        let locked = machine.take_lock();
-        if locked.is_err() {
+        ensure!(
+            !machine.is_alive(),
+            "a machine named '{name}' runs already; choose another name or say 'vmm stop {name}'"
+        );
+        ensure!(
+            !machine.dir.exists(),
+            "there is a machine named '{name}' that has ended; say 'vmm rm {name}', or choose another name"
+        );
+        // Whoever looks sees all of it or nothing, and so it is when we are killed here.
+        let new = Machine { name: name.into(), dir: self.0.join(NEW) };
+        let made = self.clean_up().and_then(|()| fs::DirBuilder::new().mode(0o700).create(&new.dir));
+        let locked = made.and_then(|()| new.take_lock());
+        let there = locked.and_then(|lock| fs::rename(&new.dir, &machine.dir).map(|()| lock));
+        if there.is_err() {
             // Such as a full disk: nothing half-made stays.
-            _ = fs::remove_dir_all(&machine.dir);
+            _ = self.clean_up();
         }
-        let lock = locked.with_context(|| format!("cannot write below '{}'", machine.dir.display()))?;
+        let lock = there.with_context(|| format!("cannot write below '{}'", self.0.display()))?;
         Ok(Registered { machine, state: self.clone(), lock, remove: Cell::new(true) })
+    }
+
+    /// Removes what a process has left that was killed while it held the lock, as we do.
+    fn clean_up(&self) -> io::Result<()> {
+        [NEW, OLD].into_iter().try_for_each(|name| match fs::remove_dir_all(self.0.join(name)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        })
+    }
+
+    /// Removes a machine: at once for whoever looks, whatever becomes of us. We hold the lock.
+    fn discard(&self, machine: &Machine) -> io::Result<()> {
+        self.clean_up()?;
+        match fs::rename(&machine.dir, self.0.join(OLD)) {
+            // Somebody else was faster.
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            renamed => renamed.and_then(|()| self.clean_up()),
+        }
     }
 
     /// All machines, by name.
@@ -182,7 +205,7 @@ impl StateDir {
             "'{0}' runs; say 'vmm stop {0}' first, or 'vmm rm --force {0}'",
             machine.name
         );
-        fs::remove_dir_all(&machine.dir).with_context(|| format!("cannot remove '{}'", machine.dir.display()))
+        self.discard(machine).with_context(|| format!("cannot remove '{}'", machine.dir.display()))
     }
 }
 
@@ -236,7 +259,7 @@ impl Drop for Registered {
     fn drop(&mut self) {
         if self.remove.get() {
             let _guard = self.state.lock();
-            _ = fs::remove_dir_all(&self.machine.dir);
+            _ = self.state.discard(&self.machine);
         }
     }
 }

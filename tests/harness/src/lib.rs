@@ -35,9 +35,11 @@ mod http;
 mod initramfs;
 mod kernel;
 mod live;
+mod machines;
 mod peer;
 mod place;
 mod scratch;
+mod small_host;
 mod tools;
 
 pub use disk::Disk;
@@ -46,10 +48,13 @@ pub use http::{Answer, Api};
 pub use initramfs::{demo as initramfs, with_programs as initramfs_with};
 pub use kernel::Kernel;
 pub use live::{Counters, Live, RunningLive};
+pub use machines::Machines;
 pub use net::NetNs;
 pub use peer::StreamPeer;
 pub use place::{Acceleration, Needs, Place, local_kvm};
 pub use process::{Exit, Output, Process, Program, Signal};
+pub use scratch::Scratch;
+pub use small_host::SmallHost;
 pub use tools::{image as tools_image, netload};
 
 /// The project's demo root file system, an ext4 image: busybox and our init. Shared: mount it read-only.

@@ -38,8 +38,8 @@ const LAB_TESTS: &str = "binary(lab)";
 /// Tests that need hardware are in modules of this name; the harness insists.
 const HARDWARE_TESTS: &str = "test(/(^|::)hardware::/)";
 /// Tests of the command at a terminal, which take its guests on this machine.
-const LOCAL_TESTS: &str =
-    "binary(console) | binary(api) | binary(api_properties) | binary(machines) | binary(host_agent)";
+const LOCAL_TESTS: &str = "binary(console) | binary(api) | binary(api_properties) | binary(machines) | binary(endurance) | \
+     binary(lifecycle) | binary(host_agent)";
 /// For the linker and for what tests use on this machine.
 const PACKAGES: [&str; 7] = ["gcc", "g++", "libc6-dev", "iproute2", "e2fsprogs", "passt", "python3-pip"];
 

@@ -15,6 +15,8 @@
 //! - [`registry`]: the one list of virtio device kinds. Command line, configuration, conformance tests and
 //!   fuzz targets all come from it.
 
+#![deny(missing_docs)]
+
 pub mod legacy;
 pub mod log_file;
 pub mod model;

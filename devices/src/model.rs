@@ -199,7 +199,7 @@ pub trait VirtioDevice: Send {
     }
 
     /// Whether the driver goes on without the buffers of `queue` that the device has used, so that an interrupt for them can
-    /// wait a little (see [`crate::virtio::patience`]): a queue by which the driver sends. Asked before anything is negotiated.
+    /// wait a little (see `virtio/patience.rs`): a queue by which the driver sends. Asked before anything is negotiated.
     fn can_wait(&self, _queue: u16) -> bool {
         false
     }

@@ -85,6 +85,19 @@ impl de::Error for ParamError {
 
 /// Reads `key=value,key,key=value` into a struct. The first item, if it has no `=`, is the value of
 /// `bare_key` if there is one.
+///
+/// ```
+/// #[derive(serde::Deserialize)]
+/// struct Disk {
+///     path: String,
+///     #[serde(default)]
+///     ro: bool,
+/// }
+///
+/// let disk: Disk = devices::params::from_str("data.img,ro", Some("path"))?;
+/// assert!(disk.path == "data.img" && disk.ro);
+/// # Ok::<(), devices::params::ParamError>(())
+/// ```
 pub fn from_str<T: DeserializeOwned>(text: &str, bare_key: Option<&str>) -> Result<T, ParamError> {
     T::deserialize(Params { items: split(text, bare_key)? })
 }

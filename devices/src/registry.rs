@@ -35,6 +35,15 @@ pub struct Kind {
 macro_rules! registry {
     ($($variant:ident => $config:ty,)+) => {
         /// The configuration of one device, of any kind.
+        ///
+        /// ```
+        /// use devices::registry::DeviceConfig;
+        ///
+        /// let text = r#"{"kind": "disk", "path": "data.img", "ro": true}"#;
+        /// let disk: DeviceConfig = serde_json::from_str(text)?;
+        /// assert!(disk.kind() == "disk" && !disk.is_root());
+        /// # Ok::<(), serde_json::Error>(())
+        /// ```
         #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
         #[serde(tag = "kind", rename_all = "lowercase")]
         pub enum DeviceConfig {
@@ -45,6 +54,15 @@ macro_rules! registry {
         }
 
         /// All kinds, in the order in which help lists them.
+        ///
+        /// ```
+        /// use devices::registry::KINDS;
+        ///
+        /// let disk = KINDS.iter().find(|kind| kind.name == "disk").expect("the registry has it");
+        /// let config = (disk.parse)("data.img,ro")?;
+        /// assert_eq!(config.kind(), "disk");
+        /// # Ok::<(), devices::params::ParamError>(())
+        /// ```
         pub const KINDS: &[Kind] = &[$(
             Kind {
                 name: <$config>::NAME,
@@ -129,6 +147,16 @@ pub struct Update {
 
 impl DeviceConfig {
     /// What `patch` makes of this configuration: its keys replace those that are there, and null takes one away.
+    ///
+    /// ```
+    /// use devices::registry::{DeviceConfig, Patch};
+    ///
+    /// let rng: DeviceConfig = serde_json::from_str(r#"{"kind": "rng", "ops": "10/1s"}"#)?;
+    /// let patch = Patch::from_iter([("ops".to_owned(), "20/1s".into())]);
+    /// let update = rng.patched(&patch)?;
+    /// assert!(update.limits && !update.device);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn patched(&self, patch: &Patch) -> Result<Update, UpdateError> {
         let kind = self.kind();
         let refused = |error: serde_json::Error| UpdateError::Value { kind, problem: error.to_string() };

@@ -7,6 +7,13 @@ use serde::de::{self, Deserialize, Deserializer, Visitor};
 use serde::{Serialize, Serializer};
 
 /// A number of bytes. Text form: a number, with the binary suffix `K`, `M`, `G` or `T` where it fits.
+///
+/// ```
+/// use devices::size::ByteSize;
+///
+/// assert_eq!("512M".parse(), Ok(ByteSize(512 << 20)));
+/// assert_eq!(ByteSize(3 << 30).to_string(), "3G");
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ByteSize(pub u64);
 

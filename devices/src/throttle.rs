@@ -14,6 +14,14 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use crate::size::ByteSize;
 
 /// A bucket's parameters. Text form: `SIZE/TIME[+BURST]`, such as `100M/1s+500M` or `1000/100ms`.
+///
+/// ```
+/// use devices::throttle::TokenBucket;
+///
+/// let bucket: TokenBucket = "100/1s+50".parse()?;
+/// assert_eq!(bucket, TokenBucket { size: 100, refill_time: 1000, one_time_burst: 50 });
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenBucket {
     /// Tokens that it holds: bytes or operations. Not 0.

@@ -91,6 +91,16 @@ pub enum BuildError {
 }
 
 /// Builds a [`Vm`].
+///
+/// What can be checked without KVM is checked without it:
+///
+/// ```
+/// use vmm_core::{Vm, VmConfig};
+///
+/// let config = VmConfig { cpus: 0, ..VmConfig::default() };
+/// let refused = Vm::builder(config).name("web").check().unwrap_err();
+/// assert!(refused.to_string().contains("vCPUs"), "{refused}");
+/// ```
 pub struct VmBuilder {
     config: VmConfig,
     hypervisor: Option<Box<dyn Hypervisor>>,

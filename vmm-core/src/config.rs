@@ -20,6 +20,20 @@ pub const DEFAULT_MEMORY: ByteSize = ByteSize(256 << 20);
 pub const DEFAULT_CMDLINE: &str = "console=ttyS0 quiet reboot=t panic=-1";
 
 /// A machine, before it is built.
+///
+/// Configuration files have the same form; what is not said is as in [`VmConfig::default`].
+///
+/// ```
+/// use vmm_core::VmConfig;
+/// use vmm_core::devices::size::ByteSize;
+///
+/// let text = r#"{"kernel": "vmlinux", "memory": "1G", "devices": [{"kind": "disk", "path": "root.img", "root": true}]}"#;
+/// let config: VmConfig = serde_json::from_str(text)?;
+/// assert_eq!((config.cpus, config.memory), (1, ByteSize(1 << 30)));
+/// assert_eq!(config.device_names(), ["disk0"]);
+/// config.validate()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VmConfig {

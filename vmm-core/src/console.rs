@@ -124,6 +124,18 @@ impl OutputControl {
 
 /// Reads what the guest writes to its console. A read waits for output, and returns 0 when the machine has
 /// stopped and everything is read.
+///
+/// ```no_run
+/// use std::io::{BufRead, BufReader};
+///
+/// # fn follow(vm: &vmm_core::Vm) -> std::io::Result<()> {
+/// let Some(console) = vm.take_console() else { return Ok(()) };
+/// for line in BufReader::new(console).lines() {
+///     println!("guest: {}", line?);
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub struct ConsoleReader(Arc<OutputBuffer>);
 
 impl ConsoleReader {
@@ -177,6 +189,14 @@ struct Input {
 }
 
 /// Writes to the guest's console, as a keyboard would. Cheap to clone, usable from any thread.
+///
+/// ```no_run
+/// use std::io::Write;
+///
+/// # fn type_in(vm: &vmm_core::Vm) -> std::io::Result<()> {
+/// vm.console_input().write_all(b"uname -a\n")
+/// # }
+/// ```
 #[derive(Clone, Default)]
 pub struct ConsoleInput(Arc<InputBuffer>);
 

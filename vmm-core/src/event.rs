@@ -16,6 +16,16 @@ use crate::state::VmState;
 pub const KEPT: usize = 256;
 
 /// Something that happened to a machine.
+///
+/// ```no_run
+/// use vmm_core::event::What;
+///
+/// # fn first_panic(vm: &vmm_core::Vm) {
+/// if let Some(event) = vm.events().find(|event| event.what == What::GuestPanic) {
+///     println!("the guest panicked after {:?}", event.at);
+/// }
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
     /// Number of the event, from 0.

@@ -70,6 +70,16 @@ impl fmt::Display for ExitCause {
 }
 
 /// How often exits of one cause were made, at one address or (without a trace) at all.
+///
+/// ```no_run
+/// # fn tell(vm: &vmm_core::Vm) {
+/// for (vcpu, exits) in vm.exits().iter().enumerate() {
+///     for exit in exits {
+///         println!("vCPU {vcpu}: {} times {} {:x?}", exit.count, exit.cause, exit.address);
+///     }
+/// }
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExitCount {
     /// The cause.

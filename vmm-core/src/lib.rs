@@ -5,6 +5,8 @@
 //! it, and [`Vm`] is the handle to it. Several can live in one process. Nothing here prints, exits, installs a
 //! logger or a signal handler, or reads the environment.
 
+#![deny(missing_docs)]
+
 #[cfg(not(target_arch = "x86_64"))]
 compile_error!("vmm-core has no other architecture than x86_64 yet; see vmm-core/src/x86_64");
 

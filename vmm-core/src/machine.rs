@@ -97,6 +97,18 @@ impl fmt::Display for Milestone {
 }
 
 /// When each [`Milestone`] was first reached.
+///
+/// ```no_run
+/// use vmm_core::Milestone;
+///
+/// # fn tell(vm: &vmm_core::Vm) {
+/// for milestone in Milestone::ALL {
+///     if let Some(time) = vm.milestones().get(milestone) {
+///         println!("{:>10} us  {milestone}", time.as_micros());
+///     }
+/// }
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Milestones {
     start: Instant,
@@ -131,6 +143,14 @@ impl Milestones {
 }
 
 /// What a machine has taken of the host.
+///
+/// ```no_run
+/// # fn tell(vm: &vmm_core::Vm) -> Result<(), vmm_core::VmError> {
+/// let usage = vm.usage()?;
+/// println!("{:?} of CPU time, {} MiB resident", usage.vcpus, usage.memory >> 20);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Usage {
     /// CPU time of each vCPU's thread, in the guest and for it.

@@ -30,6 +30,18 @@ pub enum VmState {
 }
 
 /// Why a machine ended.
+///
+/// ```no_run
+/// use std::time::Duration;
+/// use vmm_core::StopReason;
+///
+/// # fn stop(vm: &vmm_core::Vm) {
+/// match vm.stop(Duration::from_secs(10)) {
+///     StopReason::GuestPowerOff => println!("it took the time to shut down"),
+///     reason => println!("{reason} ({})", reason.name()),
+/// }
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StopReason {
     /// The guest asked for a reset, or triple faulted, which is how a PC resets itself.

@@ -66,6 +66,16 @@ impl From<UpdateFailed> for VmError {
 }
 
 /// A device of a machine, for whoever watches it.
+///
+/// ```no_run
+/// # fn tell(vm: &vmm_core::Vm) {
+/// for device in vm.devices() {
+///     for (counter, value) in device.counters.all() {
+///         println!("{} {counter}: {value}", device.name);
+///     }
+/// }
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct DeviceStatus {
     /// Its id, or its kind and its number among those of its kind.

@@ -41,6 +41,14 @@ const MAX_PER_CALL: usize = 1 << 20;
 const CLIENT: usize = 0;
 
 /// Configuration of a console: one of these.
+///
+/// ```
+/// use devices::{params, virtio::console::Config};
+///
+/// let config: Config = params::from_str("file=guest.log", None)?;
+/// assert!(config.file.is_some() && !config.pty);
+/// # Ok::<(), params::ParamError>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {

@@ -24,6 +24,14 @@ const OK: u32 = 0;
 const FAILED: u32 = u32::MAX;
 
 /// Configuration.
+///
+/// ```
+/// use devices::{params, virtio::pmem::Config};
+///
+/// let config: Config = params::from_str("root.img,ro,root", Some("path"))?;
+/// assert!(config.ro && config.root);
+/// # Ok::<(), params::ParamError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {

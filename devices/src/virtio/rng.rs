@@ -17,6 +17,14 @@ const MAX_REQUEST: usize = 64 << 10;
 const MAX_PER_CALL: usize = 1 << 20;
 
 /// Configuration.
+///
+/// ```
+/// use devices::{params, virtio::rng::Config};
+///
+/// let config: Config = params::from_str("bandwidth=64K/1s", None)?;
+/// assert!(config.bandwidth.is_some() && config.ops.is_none());
+/// # Ok::<(), params::ParamError>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {

@@ -10,6 +10,7 @@ mod demo;
 mod fuzz;
 mod images;
 mod lab;
+mod public_api;
 mod runner;
 mod test;
 
@@ -29,6 +30,7 @@ enum Command {
     Test(test::Test),
     Lab(lab::Lab),
     Images(images::Images),
+    PublicApi(public_api::PublicApi),
 }
 
 fn main() -> ExitCode {
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         Command::Test(test) => test.run(),
         Command::Lab(lab) => lab.run(),
         Command::Images(images) => images.run(),
+        Command::PublicApi(listing) => listing.run(),
     };
     done.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

@@ -12,7 +12,7 @@ use harness::lab::{self, Hold, Lab};
 use harness::{Acceleration, binaries, local_kvm, packages};
 
 use crate::runner::{Counts, Runner};
-use crate::{fuzz, images};
+use crate::{fuzz, images, public_api};
 
 /// Check formatting and lints, and run every layer of tests
 #[derive(clap::Args)]
@@ -90,6 +90,9 @@ impl Test {
                 if lint {
                     step("lints");
                     cargo(&["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
+                    step("documentation");
+                    cargo(&["doc", "--quiet", "--workspace", "--no-deps"])?;
+                    public_api::check()?;
                 }
                 step("build");
                 cargo(&["test", "--quiet", "--workspace", "--no-run"])?;

@@ -1,8 +1,9 @@
 //! Narrow traits over the hypervisor: what the machine needs of KVM, and no more.
 //!
-//! [`kvm`] is the real one. [`fake`] plays a guest from a script, so that builder, buses, devices and the
+//! [`kvm`] is the real one. `fake` plays a guest from a script, so that builder, buses, devices and the
 //! state machine can be tested where there is no KVM. Structures of the KVM API are used as they are.
 
+#[cfg(any(test, feature = "specimen"))]
 pub mod fake;
 pub mod kvm;
 pub mod saved;

@@ -1,8 +1,8 @@
 //! The state file: named, versioned sections with a checksum each.
 //!
-//! All numbers are little-endian. After [`MAGIC`] and [`FORMAT`] follow sections: length of the name (u16), version
+//! All numbers are little-endian. After `MAGIC` and `FORMAT` follow sections: length of the name (u16), version
 //! (u16), length of the data (u32), name, data, and the CRC-32 of all of these. The data is CBOR. A section named
-//! [`END`], without data, is the last: a file that is cut off lacks it.
+//! `END`, without data, is the last: a file that is cut off lacks it.
 
 use devices::snapshot::{Saved, SnapshotError};
 

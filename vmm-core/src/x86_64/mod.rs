@@ -1,12 +1,12 @@
 //! What is x86-64 about the machine: its layout, how processors start, and the tables that describe it to the
 //! guest's kernel.
 
-pub mod acpi;
-pub mod cpu;
-pub mod cpuid;
+pub(crate) mod acpi;
+pub(crate) mod cpu;
+pub(crate) mod cpuid;
 pub mod kernel;
 pub mod layout;
-pub mod mptable;
+pub(crate) mod mptable;
 
 use devices::pci::root;
 use devices::virtio::{mmio, pci};

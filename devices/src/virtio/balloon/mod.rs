@@ -58,6 +58,14 @@ const WRITABLE: std::ops::Range<usize> = 4..16;
 const TIMER: u32 = 0;
 
 /// Configuration of the balloon.
+///
+/// ```
+/// use devices::{params, virtio::balloon::Config};
+///
+/// let config: Config = params::from_str("size=128M,stats=5", None)?;
+/// assert!(config.size.0 == 128 << 20 && config.reporting);
+/// # Ok::<(), params::ParamError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {

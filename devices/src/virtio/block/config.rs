@@ -16,6 +16,14 @@ use crate::throttle::{Limits, TokenBucket};
 const MAX_QUEUES: u16 = 16;
 
 /// Configuration of a disk.
+///
+/// ```
+/// use devices::{params, virtio::block::Config};
+///
+/// let config: Config = params::from_str("data.img,ro,bandwidth=10M/1s", Some("path"))?;
+/// assert!(config.ro && config.queues.is_none());
+/// # Ok::<(), params::ParamError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {

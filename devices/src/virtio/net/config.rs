@@ -24,6 +24,14 @@ const MTU: std::ops::RangeInclusive<u16> = 68..=65520;
 const USER_MTU: u16 = 65520;
 
 /// Configuration of a network interface. Of `user`, `tap` and `fd`, one is given.
+///
+/// ```
+/// use devices::{params, virtio::net::Config};
+///
+/// let config: Config = params::from_str("user,publish=8080:80", None)?;
+/// assert!(config.user && config.publish.len() == 1);
+/// # Ok::<(), params::ParamError>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Serialize, serde::Deserialize)]
 // Makes functions of the type's own, for the traits below.
 #[serde(deny_unknown_fields, remote = "Self")]

@@ -9,6 +9,14 @@ use crate::model::{DeviceKind, MachineShape, OpenError, VirtioDevice};
 use crate::throttle::{Limits, TokenBucket};
 
 /// Configuration of a socket device.
+///
+/// ```
+/// use devices::{params, virtio::vsock::Config};
+///
+/// let config: Config = params::from_str("/run/web.sock,cid=7", Some("path"))?;
+/// assert!(config.cid == 7);
+/// # Ok::<(), params::ParamError>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use rustix::stdio::{stdin, stdout};
 use vmm_core::config::SerialConfig;
 use vmm_core::console::{ConsoleInput, ConsoleReader};
-use vmm_core::{StopReason, Vm};
+use vmm_core::{StopReason, Vm, VmState};
 
 use crate::machines::console::ConsoleServer;
 use crate::signals::{Request, Signals};
@@ -128,7 +128,7 @@ impl Console {
     }
 }
 
-/// Starts `vm` and runs it to its end, with the terminal as it was afterwards. `started` is called once the guest runs.
+/// Starts `vm`, or lets it go on, and runs it to its end, with the terminal as it was afterwards. `started` is called once the guest runs.
 pub fn run(
     vm: &Arc<Vm>,
     Manner { console, quiet }: Manner,
@@ -141,7 +141,12 @@ pub fn run(
     *signals.current() = Some(session.clone());
     let stdio = matches!(console, Console::Stdio);
     let terminal = if stdio { Terminal::take() } else { None };
-    if let Err(error) = vm.start() {
+    let runs = match vm.state() {
+        // It comes from a snapshot.
+        VmState::Paused => vm.resume(),
+        _ => vm.start(),
+    };
+    if let Err(error) = runs {
         let mut current = signals.current();
         // Unless a signal was quicker. The next one is for who comes next, or ends the process.
         if session.cause.get().is_none() {

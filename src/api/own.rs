@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -17,7 +18,7 @@ use serde_json::Value;
 use utoipa::ToSchema;
 use utoipa::openapi::HttpMethod::{Get, Patch, Put};
 use vmm_core::event::What;
-use vmm_core::{Event, Events, Milestone, Vm, VmState};
+use vmm_core::{Event, Events, Milestone, SnapshotKind, Vm, VmState};
 
 use super::control::Control;
 use super::http::{Calls, Json, Refusal, Request};
@@ -86,6 +87,40 @@ pub struct Stop {
     pub deadline_s: u64,
 }
 
+/// Where and how to save a machine.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotRequest {
+    /// Directory of the snapshot. A snapshot that is there is replaced.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+    /// What of the memory is saved.
+    #[serde(default)]
+    pub kind: Kind,
+}
+
+/// What of the memory is in a snapshot.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// All of it.
+    #[default]
+    Full,
+    /// What was written since the last snapshot.
+    Diff,
+}
+
+/// A snapshot that was made.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+pub struct SnapshotMade {
+    /// The snapshot's identity.
+    pub id: String,
+    /// How long the machine stood still, in microseconds.
+    pub paused_micros: u64,
+    /// Bytes of memory that were written.
+    pub memory_bytes: u64,
+}
+
 /// What is to be logged.
 #[derive(Debug, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
@@ -105,6 +140,7 @@ pub fn calls(calls: Calls<Control>) -> Calls<Control> {
     calls
         .call(Get, "/vmm/v1/inspect", "Everything about the machine at this moment", inspect)
         .call(Put, "/vmm/v1/stop", "Presses the power button, and kills the machine at the deadline", stop)
+        .call(Put, "/vmm/v1/snapshot", "Saves the machine, which then goes on if it ran", put_snapshot)
         .call(Put, "/vmm/v1/log", "Changes which lines are logged, at any time", put_log)
         .call(Patch, "/vmm/v1/devices/{id}", "Changes a device of the running machine", patch_device)
         .raw(METRICS, "Metrics as Prometheus reads them", "text/plain", get(|| prometheus(for_metrics)))
@@ -166,6 +202,23 @@ fn stop(control: &Control, request: Request<Json<Stop>>) -> Result<(), Refusal> 
     // The answer must not wait: with the machine, this program ends.
     control.vm()?.request_stop(Duration::from_secs(seconds));
     Ok(())
+}
+
+fn put_snapshot(
+    control: &Control,
+    request: Request<Json<SnapshotRequest>>,
+) -> Result<Json<SnapshotMade>, Refusal> {
+    let SnapshotRequest { path, kind } = request.body.0;
+    let kind = match kind {
+        Kind::Full => SnapshotKind::Full,
+        Kind::Diff => SnapshotKind::Diff,
+    };
+    let report = control.vm()?.snapshot(&path, kind)?;
+    Ok(Json(SnapshotMade {
+        id: report.id,
+        paused_micros: report.paused.as_micros() as u64,
+        memory_bytes: report.memory_bytes,
+    }))
 }
 
 fn put_log(control: &Control, request: Request<Json<Log>>) -> Result<(), Refusal> {

@@ -14,7 +14,7 @@ use vmm_core::config::Transport;
 use vmm_core::console::WhenFull;
 use vmm_core::devices::virtio::net::mmds::Metadata;
 
-use super::{run, say};
+use super::{host, run, say};
 use crate::api::firecracker::VERSION;
 use crate::api::firecracker::types::{FullConfiguration, Logger, Metrics, MmdsContents};
 use crate::api::strict;
@@ -212,7 +212,7 @@ struct Service {
 
 impl Service {
     fn run(self, start: Instant) -> anyhow::Result<ExitStatus> {
-        run::raise_file_limit();
+        host::raise_file_limit();
         let signals = SignalThread::start()?;
         let (launcher, launches) = mpsc::channel();
         let (transport, limit) = (self.transport, self.metadata_limit);
@@ -276,7 +276,7 @@ fn run_machine(
             }
         };
         match session::run(&vm, Manner { console, quiet: true }, signals, started) {
-            Ok(ended) => return run::status(&ended, None),
+            Ok(ended) => return host::status(&ended, None),
             Err(error) => _ = reply.send(Err(super::sentence(&error))),
         }
     }

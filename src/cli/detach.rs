@@ -20,12 +20,13 @@ pub fn start(name: Option<String>) -> anyhow::Result<ExitStatus> {
         Some(name) => (name, true),
         None => (format!("vm-{}", std::process::id()), false),
     };
-    let mut arguments = std::env::args_os().skip(2).collect::<Vec<OsString>>();
-    let mut first: Vec<OsString> = vec!["run".into(), "--in-background".into()];
+    let mut arguments = std::env::args_os().skip(1);
+    let mut first: Vec<OsString> = arguments.by_ref().take(1).collect();
+    first.push("--in-background".into());
     if !given {
         first.extend(["--name".into(), OsString::from(&name)]);
     }
-    first.append(&mut arguments);
+    first.extend(arguments);
     let mut command = Command::new("/proc/self/exe");
     command.args(first).stdin(Stdio::null()).stdout(Stdio::piped());
     let mut child = command.spawn().context("cannot start the process in the background")?;

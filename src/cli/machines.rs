@@ -17,7 +17,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::stdio::stdin;
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
 use super::{completion, print};
 use crate::api::own::Inspection;
@@ -43,6 +43,13 @@ impl StateArgs {
     pub fn open(&self) -> anyhow::Result<StateDir> {
         StateDir::open(self.state_dir.as_deref())
     }
+
+    /// Gives a command of this program the same.
+    pub fn pass_on(&self, command: &mut std::process::Command) {
+        if let Some(path) = &self.state_dir {
+            command.arg("--state-dir").arg(path);
+        }
+    }
 }
 
 /// A machine.
@@ -60,8 +67,14 @@ impl One {
         self.state.open()?.find(&self.name)
     }
 
-    fn find_alive(&self) -> anyhow::Result<Machine> {
+    /// The machine, which runs.
+    pub fn find_alive(&self) -> anyhow::Result<Machine> {
         find_alive(&self.state.open()?, &self.name)
+    }
+
+    /// Where machines are.
+    pub fn state(&self) -> &StateArgs {
+        &self.state
     }
 }
 
@@ -430,7 +443,7 @@ fn attach(machine: &Machine) -> anyhow::Result<ExitStatus> {
 }
 
 /// Ends the machine: by its API, with so many seconds for the guest to shut down, and if that does not help, by a signal.
-fn stop(machine: &Machine, seconds: u64) -> anyhow::Result<()> {
+pub fn stop(machine: &Machine, seconds: u64) -> anyhow::Result<()> {
     let Ok(watch) = machine.watch() else { return Ok(()) };
     if !watch.is_alive() {
         return Ok(());
@@ -482,16 +495,7 @@ fn update(machine: &Machine, device: &str, changes: &[String]) -> anyhow::Result
     let mut patch = Map::new();
     for change in changes {
         let (key, value) = change.split_once('=').unwrap_or((change, ""));
-        // As a flag's value: a number or a truth value where it is one.
-        let value = match value {
-            "" => Value::Null,
-            text => text
-                .parse::<u64>()
-                .map(Value::from)
-                .or(text.parse::<bool>().map(Value::from))
-                .unwrap_or(text.into()),
-        };
-        patch.insert(key.into(), value);
+        patch.insert(key.into(), super::value(value));
     }
     client::ask(machine, Method::PATCH, &format!("/vmm/v1/devices/{device}"), Some(&patch.into()))?;
     Ok(ExitStatus::Success)

@@ -5,9 +5,12 @@ mod check;
 mod completion;
 mod detach;
 mod device_flags;
+mod host;
 mod machines;
 mod man;
+mod restore;
 mod run;
+mod snapshot;
 mod usage;
 
 use std::io::ErrorKind::BrokenPipe;
@@ -44,6 +47,9 @@ Examples:
 enum Command {
     Run(Box<run::RunArgs>),
     Check(check::CheckArgs),
+    Restore(Box<restore::RestoreArgs>),
+    Snapshot(snapshot::SnapshotArgs),
+    Fork(snapshot::ForkArgs),
     Api(api::ApiArgs),
     Completion(completion::CompletionArgs),
     Man(man::ManArgs),
@@ -99,11 +105,27 @@ fn asked_for() -> String {
 fn dispatch(command: Command, start: Instant) -> anyhow::Result<ExitStatus> {
     match command {
         Command::Run(args) => run::run(&args, start),
+        Command::Restore(args) => restore::run(&args, start),
+        Command::Snapshot(args) => snapshot::run(&args),
+        Command::Fork(args) => snapshot::fork(&args),
         Command::Api(args) => api::run(&args, start),
         Command::Check(args) => check::run(&args),
         Command::Completion(args) => completion::run(&args),
         Command::Man(args) => man::run(&args),
         Command::Machine(command) => machines::run(&command),
+    }
+}
+
+/// The value of a key as it is written on a command line: a number or a truth value where it is one, and nothing for an
+/// empty text.
+fn value(text: &str) -> serde_json::Value {
+    match text {
+        "" => serde_json::Value::Null,
+        text => text
+            .parse::<u64>()
+            .map(serde_json::Value::from)
+            .or(text.parse::<bool>().map(serde_json::Value::from))
+            .unwrap_or(text.into()),
     }
 }
 

@@ -14,14 +14,36 @@ use super::Machine;
 
 /// How long a machine may take for its answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take to write down all of its memory.
+const LONG_PATIENCE: Duration = Duration::from_secs(3600);
 /// Largest answer in bytes that is read.
 const MAX_ANSWER: usize = 16 << 20;
 
 /// Asks the API of `machine`; a refusal is an error with its sentence.
 pub fn ask(machine: &Machine, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+    ask_within(PATIENCE, machine, method, path, body)
+}
+
+/// As [`ask`], for what takes its time.
+pub fn ask_for_long(
+    machine: &Machine,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+) -> anyhow::Result<Value> {
+    ask_within(LONG_PATIENCE, machine, method, path, body)
+}
+
+fn ask_within(
+    patience: Duration,
+    machine: &Machine,
+    method: Method,
+    path: &str,
+    body: Option<&Value>,
+) -> anyhow::Result<Value> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let answer = runtime.block_on(async {
-        tokio::time::timeout(PATIENCE, send(&machine.api(), method, path, body))
+        tokio::time::timeout(patience, send(&machine.api(), method, path, body))
             .await
             .unwrap_or_else(|_| bail!("it does not answer"))
     });

@@ -133,6 +133,11 @@ impl VmBuilder {
         Self { snapshot: Some(snapshot), ..Self::new(config) }
     }
 
+    /// What is going to be built.
+    pub fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
     /// How a machine that comes from a snapshot gets its memory.
     pub fn memory_mode(mut self, mode: MemoryMode) -> Self {
         self.memory_mode = mode;

@@ -45,6 +45,7 @@ pub fn merge(args: &RunArgs, file: ConfigFile) -> Result<VmConfig, UsageError> {
     replace(&mut config.hugepages, args.hugepages);
     config.mem_prealloc |= args.mem_prealloc;
     config.mem_shared |= args.mem_shared;
+    config.track_dirty |= args.track_dirty;
     replace(&mut config.boot_protocol, args.boot_protocol);
     replace(&mut config.transport, args.transport);
     replace(&mut config.serial, args.serial.clone());

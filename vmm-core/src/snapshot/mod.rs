@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
+use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, VmConfig};
 use crate::x86_64::Slots;
@@ -46,7 +47,8 @@ pub enum SnapshotKind {
 }
 
 /// What a restored guest makes of the time that it slept.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum ClockMode {
     /// It has passed, as for a guest that was not scheduled: wall clock and monotonic clock are right at once.
     #[default]

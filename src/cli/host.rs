@@ -1,0 +1,256 @@
+//! A machine in this process, whatever it begins with: its name, its console, its API, and its end.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, anyhow};
+use clap::{ArgAction, Args};
+use tracing::level_filters::LevelFilter;
+use vmm_core::config::SerialConfig;
+use vmm_core::console::WhenFull;
+use vmm_core::exits::ExitCount;
+use vmm_core::{Milestone, StopReason, Vm, VmBuilder, VmConfig};
+
+use super::machines::StateArgs;
+use super::{detach, say};
+use crate::api::{Control, MAX_BODY, Socket};
+use crate::exit::ExitStatus;
+use crate::logging::{LogArgs, Logging};
+use crate::machines::console::ConsoleServer;
+use crate::machines::log::Log;
+use crate::machines::{self, Outcome, Registered};
+use crate::session::{self, Cause, Console, Ended, Manner, SignalThread};
+use crate::terminal::Stderr;
+
+/// What a command that runs a machine is told about everything around it.
+#[derive(Args, Clone, Debug)]
+pub struct HostArgs {
+    /// Give the machine a name, by which vmm ps, logs, attach, stop and others know it
+    #[arg(long, value_name = "NAME", value_parser = machines::check_name, help_heading = "Command")]
+    name: Option<String>,
+
+    /// Let it run in the background; its name is printed once the guest runs
+    #[arg(short, long, help_heading = "Command")]
+    pub detach: bool,
+
+    /// Remove all that is kept of a named machine when it ends
+    #[arg(long, help_heading = "Command")]
+    rm: bool,
+
+    #[command(flatten)]
+    state: StateArgs,
+
+    /// Serve the control API on a unix socket at this path: see docs/api.md
+    #[arg(long, value_name = "PATH", help_heading = "Command")]
+    api_sock: Option<PathBuf>,
+
+    /// In the end, print on standard error what made vCPUs leave the guest, by cause and address
+    #[arg(long, help_heading = "Command")]
+    trace_exits: bool,
+
+    /// In the end, print on standard error when the guest got how far
+    #[arg(long, help_heading = "Command")]
+    timings: bool,
+
+    #[command(flatten)]
+    log: LogArgs,
+
+    /// Say more on standard error; repeat for more
+    #[arg(short, long, action = ArgAction::Count, conflicts_with_all = ["quiet", "log"], help_heading = "Command")]
+    verbose: u8,
+
+    /// Say nothing but errors
+    #[arg(short, long, conflicts_with = "log", help_heading = "Command")]
+    pub quiet: bool,
+
+    /// This process is the one in the background
+    #[arg(long, hide = true)]
+    in_background: bool,
+}
+
+impl HostArgs {
+    /// Begins to log. Called first, since everything else may have something to say.
+    pub fn log(&self) -> anyhow::Result<Arc<Logging>> {
+        raise_file_limit();
+        Ok(Logging::start(&self.log, self.level())?)
+    }
+
+    /// Whether another process is to run the machine: this one in the background.
+    pub fn belongs_in_background(&self) -> bool {
+        self.detach && !self.in_background
+    }
+
+    /// Starts that process, and ends when the guest runs.
+    pub fn go_to_background(&self) -> anyhow::Result<ExitStatus> {
+        detach::start(self.name.clone())
+    }
+
+    /// Builds a machine and runs it to its end. `kept`: stays open until it is built. `command`: it runs for the sake of
+    /// one command, whose exit status counts. `start` is when the process began.
+    pub fn run(
+        &self,
+        builder: VmBuilder,
+        kept: impl Sized,
+        command: bool,
+        logging: Arc<Logging>,
+        start: Instant,
+    ) -> anyhow::Result<ExitStatus> {
+        let signals = SignalThread::start()?;
+        let named = self.named(builder.config())?;
+        let socket =
+            self.api_sock.clone().or_else(|| named.as_ref().map(|named| named.registered.machine().api()));
+        let socket = socket.as_deref().map(Socket::bind).transpose()?;
+        let name = named.as_ref().map_or("vmm", |named| &named.registered.machine().name);
+        let own_console = Console::of(&builder.config().serial);
+        let builder = builder
+            .name(name)
+            .process_start(start)
+            .console_when_full(WhenFull::Wait)
+            .trace_exits(self.trace_exits);
+        let vm = Arc::new(builder.build()?);
+        // The machine has descriptors of its own.
+        drop(kept);
+        let console = named.as_ref().and_then(|named| named.console.clone());
+        let manner = Manner { console: console.unwrap_or(own_console), quiet: self.quiet };
+        let mut server = None;
+        let started = || {
+            let serve = |socket: &Socket| {
+                socket.serve(Arc::new(Control::of(name, vm.clone(), logging.clone())), MAX_BODY)
+            };
+            server = socket.as_ref().map(serve).transpose()?;
+            if let Some(named) = named.as_ref().filter(|_| self.in_background) {
+                let log = named.registered.machine().own_log();
+                let log = Log::create(&log).with_context(|| format!("cannot write '{}'", log.display()))?;
+                logging.write_to(log).map_err(|sentence| anyhow!(sentence))?;
+            }
+            // What can fail has not: from here on there is a machine.
+            if let Some(named) = named.as_ref().filter(|_| !self.rm) {
+                named.registered.keep();
+            }
+            if self.in_background { detach::ready() } else { Ok(()) }
+        };
+        let ended = session::run(&vm, manner, &signals, started);
+        let status = ended.and_then(|ended| {
+            self.report(&vm, start);
+            status(&ended, command.then(|| vm.exit_status()))
+        });
+        if let Some(named) = &named {
+            named.finish(&vm, &status);
+        }
+        status
+    }
+
+    /// The level that -q and -v ask for.
+    fn level(&self) -> Option<LevelFilter> {
+        match (self.quiet, self.verbose) {
+            (true, _) => Some(LevelFilter::ERROR),
+            (false, 0) => None,
+            (false, 1) => Some(LevelFilter::INFO),
+            (false, 2) => Some(LevelFilter::DEBUG),
+            (false, _) => Some(LevelFilter::TRACE),
+        }
+    }
+
+    /// Takes the machine's name, if it has one.
+    fn named(&self, config: &VmConfig) -> anyhow::Result<Option<Named>> {
+        let Some(name) = &self.name else { return Ok(None) };
+        let registered = self.state.open()?.register(name)?;
+        let attachable = self.in_background && config.serial == SerialConfig::Stdio;
+        let console = attachable.then(|| ConsoleServer::start(registered.machine())).transpose()?;
+        Ok(Some(Named { registered, console: console.map(|server| Console::Attachable(Arc::new(server))) }))
+    }
+
+    /// Prints what was asked for about a machine that has ended.
+    fn report(&self, vm: &Vm, start: Instant) {
+        if self.timings {
+            print_timings(vm, start.elapsed());
+        }
+        if self.trace_exits {
+            print_exits(vm);
+        }
+    }
+}
+
+/// A machine with a name.
+struct Named {
+    registered: Registered,
+    /// Where its console is, when that is not decided by its configuration alone.
+    console: Option<Console>,
+}
+
+impl Named {
+    /// Writes down how it ended.
+    fn finish(&self, vm: &Vm, status: &anyhow::Result<ExitStatus>) {
+        let (code, reason) = match status {
+            Ok(status) => (status.code(), vm.wait().to_string()),
+            Err(error) => (ExitStatus::Failure.code(), super::sentence(error)),
+        };
+        if let Err(error) = self.registered.finish(&Outcome { status: code, reason }) {
+            say(&format!("cannot write down how the machine ended: {error}"));
+        }
+    }
+}
+
+/// A device may take a file descriptor for each of its guest's connections, and a shell's limit is often 1024.
+pub(super) fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // Where it cannot be raised, the device says what it runs out of.
+    _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
+/// How the command ends when a guest has ended like this. `command`: exit status of the command that it was
+/// started for, if it was, and if its init has reported one.
+pub(super) fn status(ended: &Ended, command: Option<Option<u8>>) -> anyhow::Result<ExitStatus> {
+    Ok(match (&ended.reason, &ended.cause) {
+        (StopReason::Failed(why), _) => return Err(anyhow!("{why}")),
+        (StopReason::GuestPanic, _) => {
+            say("the guest's kernel panicked");
+            ExitStatus::GuestPanic
+        }
+        (_, Some(Cause::Signal(number))) => ExitStatus::Signal(*number),
+        (_, Some(Cause::OutputClosed)) => ExitStatus::SIGPIPE,
+        (_, Some(Cause::OutputFailed(why))) => return Err(anyhow!("cannot write to standard output: {why}")),
+        (StopReason::GuestReset | StopReason::GuestPowerOff, None) => match command {
+            None => ExitStatus::Success,
+            Some(Some(status)) => ExitStatus::Command(status),
+            Some(None) => {
+                return Err(anyhow!(
+                    "the guest ended before it said how the command ended; is its init vmm's own?"
+                ));
+            }
+        },
+        (_, Some(Cause::Key)) | (StopReason::Requested, None) => ExitStatus::Success,
+    })
+}
+
+/// A table of exits by cause and address, the most frequent first.
+fn print_exits(vm: &Vm) {
+    let mut rows: Vec<(usize, ExitCount)> = Vec::new();
+    for (vcpu, exits) in vm.exits().into_iter().enumerate() {
+        rows.extend(exits.into_iter().map(|exit| (vcpu, exit)));
+    }
+    rows.sort_by_key(|(_, exit)| std::cmp::Reverse(exit.count));
+    let total: u64 = rows.iter().map(|(_, exit)| exit.count).sum();
+    let row = |(vcpu, exit): &(usize, ExitCount)| {
+        let address = exit.address.map(|address| format!(" {address:#x}")).unwrap_or_default();
+        format!("{:>10}  vcpu{vcpu} {}{address}\n", exit.count, exit.cause)
+    };
+    let table: String = rows.iter().map(row).chain([format!("{total:>10}  exits\n")]).collect();
+    // With standard error gone there is nobody to tell.
+    _ = Stderr.write_all(table.as_bytes());
+}
+
+/// A table of milliseconds from the start of the process, and what was reached.
+fn print_timings(vm: &Vm, stopped: Duration) {
+    let reached = |milestone: &Milestone| Some((milestone.to_string(), vm.milestones().get(*milestone)?));
+    let mut rows: Vec<_> = Milestone::ALL.iter().filter_map(reached).collect();
+    rows.push(("stopped".into(), stopped));
+    rows.sort_by_key(|&(_, time)| time);
+    let table: String =
+        rows.iter().map(|(name, time)| format!("{:>10.3} ms  {name}\n", time.as_secs_f64() * 1e3)).collect();
+    // With standard error gone there is nobody to tell.
+    _ = Stderr.write_all(table.as_bytes());
+}

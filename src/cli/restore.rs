@@ -1,0 +1,101 @@
+//! `vmm restore`: a machine goes on from its snapshot.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Args;
+use serde_json::{Map, Value};
+use vmm_core::config::SerialConfig;
+use vmm_core::snapshot::ClockMode;
+use vmm_core::snapshot::memory_file::MemoryMode;
+use vmm_core::{Snapshot, Vm, VmConfig};
+
+use super::host::HostArgs;
+use super::run::named;
+use crate::exit::{ExitStatus, UsageError};
+
+/// Let a machine go on from its snapshot
+///
+/// The snapshot stays as it is, and any number of machines can go on from it at a time. They share its memory, and copy
+/// the pages that they write.
+#[derive(Args, Clone, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct RestoreArgs {
+    /// Directory of the snapshot
+    #[arg(value_name = "DIR")]
+    dir: PathBuf,
+
+    /// Change what a device is on the host, such as disk0.path=FILE; repeat for more
+    ///
+    /// Devices and keys are those of the configuration in the snapshot's manifest. What the guest sees of a device must
+    /// stay, but for its MAC address and CID.
+    #[arg(long = "set", value_name = "DEVICE.KEY=VALUE", help_heading = "Machine")]
+    changes: Vec<String>,
+
+    /// How the guest gets its memory: map shares and copies on write, copy reads all of it first
+    #[arg(long, value_name = "MODE", help_heading = "Machine", default_value = "map",
+        value_parser = named::<MemoryMode>(&["map", "copy"]))]
+    memory_mode: MemoryMode,
+
+    /// Clocks of the guest: advance by the time since the snapshot, or freeze
+    #[arg(long, value_name = "MODE", help_heading = "Machine", default_value = "advance",
+        value_parser = named::<ClockMode>(&["advance", "freeze"]))]
+    clock: ClockMode,
+
+    /// Track what is written to RAM, for snapshots that are a difference to this one
+    #[arg(long, help_heading = "Machine")]
+    track_dirty: bool,
+
+    /// Where the guest's console goes: stdio, null or file=PATH [default: as it was]
+    #[arg(long, value_name = "WHERE", help_heading = "Console")]
+    serial: Option<SerialConfig>,
+
+    #[command(flatten)]
+    host: HostArgs,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  vmm snapshot web --to web.snapshot
+  vmm restore web.snapshot --name web2 --detach
+  vmm restore web.snapshot --set disk0.path=copy.img --set net0.tap=tap1";
+
+/// Runs the subcommand. `start` is when the process began.
+pub fn run(args: &RestoreArgs, start: Instant) -> anyhow::Result<ExitStatus> {
+    let logging = args.host.log()?;
+    if args.host.belongs_in_background() {
+        return args.host.go_to_background();
+    }
+    let mut snapshot = Snapshot::open(&args.dir)?;
+    let mut config = snapshot.config().clone();
+    config.track_dirty |= args.track_dirty;
+    if let Some(serial) = &args.serial {
+        config.serial = serial.clone();
+    }
+    for change in &args.changes {
+        set(&mut config, change)?;
+    }
+    snapshot.set_config(config);
+    let builder = Vm::restore(snapshot).memory_mode(args.memory_mode).clock_mode(args.clock);
+    args.host.run(builder, (), false, logging, start)
+}
+
+/// Changes a key of a device.
+fn set(config: &mut VmConfig, change: &str) -> anyhow::Result<()> {
+    let wrong = || UsageError(format!("'{change}' is no change of a device; write DEVICE.KEY=VALUE"));
+    let (place, value) = change.split_once('=').ok_or_else(wrong)?;
+    let (device, key) = place.split_once('.').ok_or_else(wrong)?;
+    let names = config.device_names();
+    let at = names.iter().position(|name| name == device).ok_or_else(|| {
+        UsageError(format!("the snapshot has no device '{device}'; it has {}", names.join(", ")))
+    })?;
+    let mut keys: Map<String, Value> = match serde_json::to_value(&config.devices[at])? {
+        Value::Object(keys) => keys,
+        _ => Map::new(),
+    };
+    keys.insert(key.into(), super::value(value));
+    config.devices[at] =
+        serde_json::from_value(keys.into()).with_context(|| format!("cannot set {place} to '{value}'"))?;
+    Ok(())
+}

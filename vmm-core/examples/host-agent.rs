@@ -110,7 +110,7 @@ impl Guest {
     /// Runs the guest once, to its end.
     fn run(&self, drain: &Drain) -> Result<StopReason, Box<dyn Error>> {
         self.starts.fetch_add(1, Ordering::Relaxed);
-        let vm = Arc::new(Vm::builder(self.config.clone()).build()?);
+        let vm = Arc::new(Vm::builder(self.config.clone()).name(&self.name).build()?);
         // Somebody has to read it, or the oldest of it is lost; here, all of it may be.
         if let Some(mut console) = vm.take_console() {
             thread::spawn(move || while let Ok(1..) = console.read(&mut [0; 4096]) {});

@@ -6,7 +6,7 @@
 
 use std::io;
 
-use rustix::mm::{Advice, madvise};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
@@ -67,16 +67,63 @@ fn discard(region: &Region, offset: MemoryRegionAddress, len: u64) -> io::Result
     let start = offset.raw_value().next_multiple_of(PAGE);
     let end = (offset.raw_value() + len) / PAGE * PAGE;
     let flags = region.get_mmap().flags();
-    let advice = match (flags & libc::MAP_SHARED, flags & libc::MAP_ANONYMOUS) {
-        _ if start >= end || region.is_hugetlbfs() == Some(true) => return Ok(0),
-        (0, 0) => return Ok(0), // A private view of a file: what is below it is not zeroes.
-        (0, _) => Advice::LinuxDontNeed,
-        _ => Advice::LinuxRemove,
-    };
-    let address = region.get_host_address(MemoryRegionAddress(start)).map_err(io::Error::other)?;
+    if start >= end || region.is_hugetlbfs() == Some(true) {
+        return Ok(0);
+    }
+    let len = (end - start) as usize;
+    let address = region.get_host_address(MemoryRegionAddress(start)).map_err(io::Error::other)?.cast();
     // SAFETY: the range lies in one mapping of guest memory, which stays mapped. Its content may change at any time
     // for all who hold it, since the guest can write it; turning into zeroes is one such change.
-    unsafe { madvise(address.cast(), (end - start) as usize, advice) }?;
+    unsafe {
+        match (flags & libc::MAP_SHARED, flags & libc::MAP_ANONYMOUS) {
+            // A private view of a file, below which are no zeroes.
+            (0, 0) => {
+                let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+                mmap_anonymous(address, len, ProtFlags::READ | ProtFlags::WRITE, flags).map(drop)
+            }
+            (0, _) => madvise(address, len, Advice::LinuxDontNeed),
+            _ => madvise(address, len, Advice::LinuxRemove),
+        }
+    }?;
     region.bitmap().mark_dirty(start as usize, (end - start) as usize);
     Ok(end - start)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use vm_memory::bitmap::AtomicBitmap;
+    use vm_memory::mmap::MmapRegionBuilder;
+    use vm_memory::{Bytes, FileOffset};
+
+    use super::*;
+
+    const SIZE: usize = 16 * PAGE as usize;
+
+    #[test]
+    fn a_private_view_of_a_file_gives_memory_back_and_leaves_the_file() {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[7; SIZE], 0).unwrap();
+        let page = std::num::NonZeroUsize::new(PAGE as usize).unwrap();
+        let mapping = MmapRegionBuilder::new_with_bitmap(SIZE, Some(AtomicBitmap::new(SIZE, page)))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE)
+            .with_file_offset(FileOffset::new(file.try_clone().unwrap(), 0))
+            .build()
+            .unwrap();
+        let region = Region::new(mapping, GuestAddress(0)).unwrap();
+        let mem = GuestMemory::from_regions(vec![region]).unwrap();
+        mem.write_slice(&[9; 100], GuestAddress(PAGE + 50)).unwrap();
+        let done = guest_range(&mem, PAGE, 2 * PAGE).unwrap();
+        assert_eq!(done, Reclaimed { bytes: 2 * PAGE, outside: 0 });
+        let mut bytes = vec![1; SIZE];
+        mem.read_slice(&mut bytes, GuestAddress(0)).unwrap();
+        let page = PAGE as usize;
+        assert!(bytes[page..3 * page].iter().all(|&byte| byte == 0));
+        assert!(bytes[..page].iter().chain(&bytes[3 * page..]).all(|&byte| byte == 7));
+        mem.write_slice(&[5], GuestAddress(PAGE)).unwrap();
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes.iter().all(|&byte| byte == 7), "the file stays as it is");
+    }
 }

@@ -13,9 +13,20 @@ mod kernel;
 
 pub use kernel::DebianKernel;
 
-/// What Debian has as modules and a guest of ours needs to reach its root file system and the network.
-const MODULES: [&str; 8] =
-    ["virtio_mmio", "virtio_pci", "virtio_blk", "virtio_net", "virtio_rng", "nd_pmem", "virtio_pmem", "ext4"];
+/// What Debian has as modules and a guest of ours needs to reach its root file system and the network, and to hear the power
+/// button: its root file system has none of its own.
+const MODULES: [&str; 10] = [
+    "virtio_mmio",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_rng",
+    "nd_pmem",
+    "virtio_pmem",
+    "ext4",
+    "button",
+    "evdev",
+];
 const INIT: &str = include_str!("debian/init.sh");
 const CUSTOMIZE: &str = include_str!("debian/customize.sh");
 /// Beyond Debian's essential packages.

@@ -43,6 +43,10 @@ pub struct RestoreArgs {
         value_parser = named::<ClockMode>(&["advance", "freeze"]))]
     clock: ClockMode,
 
+    /// Restore even if this host lacks features of the processor that the guest has seen
+    #[arg(long, help_heading = "Machine")]
+    force: bool,
+
     /// Track what is written to RAM, for snapshots that are a difference to this one
     #[arg(long, help_heading = "Machine")]
     track_dirty: bool,
@@ -77,7 +81,10 @@ pub fn run(args: &RestoreArgs, start: Instant) -> anyhow::Result<ExitStatus> {
         set(&mut config, change)?;
     }
     snapshot.set_config(config);
-    let builder = Vm::restore(snapshot).memory_mode(args.memory_mode).clock_mode(args.clock);
+    let builder = Vm::restore(snapshot)
+        .memory_mode(args.memory_mode)
+        .clock_mode(args.clock)
+        .other_processor(args.force);
     args.host.run(builder, (), false, logging, start)
 }
 

@@ -109,7 +109,11 @@ fn inspect(dir: &Path) -> anyhow::Result<ExitStatus> {
     let sections = snapshot.sections().iter();
     let sections: Vec<_> =
         sections.map(|section| json!({ "name": section.name, "version": section.saved.version })).collect();
-    let mut text = serde_json::to_vec_pretty(&json!({ "manifest": snapshot.manifest(), "state": sections }))?;
+    let mut text = serde_json::to_vec_pretty(&json!({
+        "manifest": snapshot.manifest(),
+        "state": sections,
+        "cpu_features": snapshot.cpu_features(),
+    }))?;
     text.push(b'\n');
     print(&text)
 }

@@ -19,6 +19,7 @@ use devices::pci::root::{self, Ecam, Ports, Root};
 use devices::snapshot;
 use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
 use devices::virtio::pci::{self, PciNotifier, PciTransport};
+use kvm_bindings::CpuId;
 use tracing::Span;
 
 use crate::bus::Overlap;
@@ -27,7 +28,7 @@ use crate::console::{self, ConsoleFile, ConsoleInput, ConsolePort, OutputControl
 use crate::event::{Journal, What};
 use crate::exits::ExitLog;
 use crate::hypervisor::kvm::KvmHypervisor;
-use crate::hypervisor::saved::ClockState;
+use crate::hypervisor::saved::{ClockState, VcpuState};
 use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
 use crate::machine::{Inbox, Machine, MachineState, Milestone, PciAccess, Tracking};
 use crate::memory::{GuestRam, HugePages, RamError};
@@ -40,7 +41,7 @@ use crate::vcpu::Buses;
 use crate::vm::{Message, Vm};
 use crate::window::WindowError;
 use crate::x86_64::kernel::{self, Kernel, KernelError};
-use crate::x86_64::{MmioSlot, Slots, acpi, cpu, cpuid, layout, mptable};
+use crate::x86_64::{MmioSlot, Slots, acpi, cpu, cpuid, features, layout, mptable};
 
 /// A machine that could not be built: a sentence for the operator. Nothing is left behind.
 #[derive(Debug, thiserror::Error)]
@@ -82,6 +83,15 @@ pub enum BuildError {
         /// What is wrong.
         source: LogFileError,
     },
+    /// The guest of a snapshot has seen a better processor.
+    #[error(
+        "the snapshot's guest uses features of the processor that this host lacks: {missing}; restore it on a host that has \
+         them, or force it"
+    )]
+    Features {
+        /// Names of the features.
+        missing: String,
+    },
     /// The state in a snapshot is not one that this machine can take over.
     #[error("the snapshot cannot be restored: {0}")]
     State(SectionError),
@@ -111,6 +121,7 @@ pub struct VmBuilder {
     snapshot: Option<Snapshot>,
     memory_mode: MemoryMode,
     clock_mode: ClockMode,
+    other_processor: bool,
 }
 
 impl VmBuilder {
@@ -125,6 +136,7 @@ impl VmBuilder {
             snapshot: None,
             memory_mode: MemoryMode::default(),
             clock_mode: ClockMode::default(),
+            other_processor: false,
         }
     }
 
@@ -141,6 +153,13 @@ impl VmBuilder {
     /// How a machine that comes from a snapshot gets its memory.
     pub fn memory_mode(mut self, mode: MemoryMode) -> Self {
         self.memory_mode = mode;
+        self
+    }
+
+    /// Restores a snapshot even if this host lacks features of the processor that its guest saw. Programs in it may find
+    /// out by an illegal instruction.
+    pub fn other_processor(mut self, force: bool) -> Self {
+        self.other_processor = force;
         self
     }
 
@@ -260,7 +279,13 @@ impl VmBuilder {
                 parts.describe(&config, boot, &slots)?;
                 parts.create_vcpus(&*hypervisor, &config, &boot.kernel)?
             }
-            Origin::Snapshot(snapshot, _) => parts.restore_vcpus(&config, &snapshot.sections)?,
+            Origin::Snapshot(snapshot, _) => {
+                let vcpus = saved_vcpus(&config, &snapshot.sections)?;
+                if !self.other_processor {
+                    has_features(&*hypervisor, &config, &vcpus)?;
+                }
+                parts.restore_vcpus(&vcpus)?
+            }
         };
         // Late, because it empties a file.
         let (output, console, console_output) = console::output(self.when_full);
@@ -402,6 +427,31 @@ fn open_serial_file(config: &SerialConfig) -> Result<Option<(ConsoleFile, &Path)
         Ok(file) => Ok(Some((file, path))),
         Err(source) => Err(BuildError::Console { path: path.clone(), source }),
     }
+}
+
+/// The vCPUs of a snapshot.
+fn saved_vcpus(config: &VmConfig, saved: &Sections) -> Result<Vec<VcpuState>, BuildError> {
+    (0..config.cpus).map(|id| saved.state(&format!("vcpu{id}")).map_err(BuildError::State)).collect()
+}
+
+/// Fails if this host lacks a feature of the processor that the guest of a snapshot has seen.
+fn has_features(
+    hypervisor: &dyn Hypervisor,
+    config: &VmConfig,
+    saved: &[VcpuState],
+) -> Result<(), BuildError> {
+    let Some(first) = saved.first() else { return Ok(()) };
+    let offered = cpuid_of(hypervisor, 0, config.cpus)?;
+    match &features::missing(&first.cpuid, offered.as_slice())[..] {
+        [] => Ok(()),
+        missing => Err(BuildError::Features { missing: missing.join(", ") }),
+    }
+}
+
+/// The CPUID leaves that vCPU `id` gets here.
+fn cpuid_of(hypervisor: &dyn Hypervisor, id: u8, cpus: u8) -> Result<CpuId, HvError> {
+    let supported = hypervisor.supported_cpuid()?;
+    cpuid::for_vcpu(&supported, id, cpus).map_err(|_| HvError::call("KVM_SET_CPUID2", libc::E2BIG))
 }
 
 /// A machine in the making.
@@ -579,14 +629,13 @@ impl Parts {
     }
 
     /// vCPUs as they were.
-    fn restore_vcpus(&self, config: &VmConfig, saved: &Sections) -> Result<Vec<Box<dyn Vcpu>>, BuildError> {
-        let mut vcpus = Vec::new();
-        for id in 0..config.cpus {
+    fn restore_vcpus(&self, saved: &[VcpuState]) -> Result<Vec<Box<dyn Vcpu>>, BuildError> {
+        let restore = |(id, saved)| {
             let mut vcpu = self.vm.create_vcpu(id)?;
-            vcpu.restore(&saved.state(&format!("vcpu{id}")).map_err(BuildError::State)?)?;
-            vcpus.push(vcpu);
-        }
-        Ok(vcpus)
+            vcpu.restore(saved)?;
+            Ok(vcpu)
+        };
+        (0..).zip(saved).map(restore).collect()
     }
 
     /// Everything else as it was. Returns the clocks, which are set when the machine goes on.

@@ -12,8 +12,8 @@ use devices::model::{IrqLine, MsiSender};
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_INTERNAL_ERROR_EMULATION, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_MEM_READONLY, Msrs, kvm_clock_data, kvm_fpu, kvm_irqchip, kvm_lapic_state, kvm_msi, kvm_msr_entry,
-    kvm_pit_config, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
+    KVM_MEM_READONLY, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_fpu, kvm_irqchip, kvm_lapic_state, kvm_msi,
+    kvm_msr_entry, kvm_pit_config, kvm_regs, kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
 use rustix::io_uring::{IoringRegisterOp, io_uring_params, io_uring_register, io_uring_setup};
@@ -188,7 +188,7 @@ impl HvVm for KvmVm {
 
     fn create_vcpu(&self, id: u8) -> Result<Box<dyn Vcpu>, HvError> {
         let fd = self.fd.create_vcpu(id.into()).map_err(failed("KVM_CREATE_VCPU"))?;
-        Ok(Box::new(KvmVcpu { fd, kvm: self.kvm.clone(), _ram: self.ram.clone() }))
+        Ok(Box::new(KvmVcpu { fd, kvm: self.kvm.clone(), cpuid: Vec::new(), _ram: self.ram.clone() }))
     }
 
     fn irq_line(&self, gsi: u32) -> Result<Arc<dyn IrqLine>, HvError> {
@@ -272,6 +272,9 @@ impl KvmVm {
 struct KvmVcpu {
     fd: VcpuFd,
     kvm: Arc<Kvm>,
+    /// As it was set. KVM_GET_CPUID2 has other bits in it, which the guest switched on, or which a KVM that cannot hide the
+    /// host's processor shows.
+    cpuid: Vec<kvm_cpuid_entry2>,
     _ram: Arc<OnceLock<GuestRam>>,
 }
 
@@ -459,7 +462,9 @@ impl Vcpu for KvmVcpu {
     }
 
     fn set_cpuid(&mut self, cpuid: &CpuId) -> Result<(), HvError> {
-        self.fd.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))
+        self.fd.set_cpuid2(cpuid).map_err(failed("KVM_SET_CPUID2"))?;
+        self.cpuid = cpuid.as_slice().to_vec();
+        Ok(())
     }
 
     fn set_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), HvError> {
@@ -504,9 +509,8 @@ impl Vcpu for KvmVcpu {
         let fd = &self.fd;
         // First, since it makes the local APIC take what has come for it.
         let mp_state = fd.get_mp_state().map_err(failed("KVM_GET_MP_STATE"))?;
-        let cpuid = fd.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(failed("KVM_GET_CPUID2"))?;
         Ok(VcpuState {
-            cpuid: cpuid.as_slice().to_vec(),
+            cpuid: self.cpuid.clone(),
             mp_state,
             regs: self.regs()?,
             sregs: self.sregs()?,

@@ -20,7 +20,8 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, VmConfig};
-use crate::x86_64::Slots;
+use crate::hypervisor::saved::VcpuState;
+use crate::x86_64::{Slots, features};
 use manifest::{DevicePlace, Diff, Manifest, MemoryMap, MemoryRange};
 use memory_file::{MemoryFileError, MemoryImage, Pages, Written};
 use state_file::{SectionError, Sections};
@@ -180,6 +181,12 @@ impl Snapshot {
     /// The state of the machine's parts.
     pub fn sections(&self) -> &Sections {
         &self.sections
+    }
+
+    /// Features of the processor that the guest has seen, by Linux's names.
+    pub fn cpu_features(&self) -> Vec<&'static str> {
+        let first: Result<VcpuState, _> = self.sections.state("vcpu0");
+        first.map_or_else(|_| Vec::new(), |vcpu| features::features(&vcpu.cpuid))
     }
 
     /// This snapshot, for diffs of the machine that is restored from it.

@@ -4,6 +4,7 @@
 pub(crate) mod acpi;
 pub(crate) mod cpu;
 pub(crate) mod cpuid;
+pub(crate) mod features;
 pub mod kernel;
 pub mod layout;
 pub(crate) mod mptable;

@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use crate::snapshot::SnapshotError;
 use crate::throttle::Limits;
 use crate::virtio::config_space::ConfigSpace;
+use crate::virtio::net::MacAddr;
 use crate::virtio::queue::{QueueConfig, Queues};
 use crate::virtio::unit::UnitState;
 
@@ -226,6 +227,12 @@ pub trait VirtioDevice: Send {
         Ok(Value::Null)
     }
 
+    /// Whether a guest that has seen the configuration space `saved` can go on with `now`, which differs where the device alone
+    /// writes.
+    fn check_config(&self, _saved: &[u8], _now: &[u8]) -> Result<(), SnapshotError> {
+        Ok(())
+    }
+
     /// Takes over what [`Self::save`] gave. The device is active, and nothing has run since [`Self::activate`].
     fn restore(&mut self, _queues: &mut Queues<'_>, _saved: Value) -> Result<(), SnapshotError> {
         Ok(())
@@ -358,6 +365,10 @@ pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOw
     /// Keys, limits apart, whose values can change while the machine runs: see [`VirtioDevice::update`].
     const LIVE: &'static [&'static str] = &[];
 
+    /// Keys, limits and [`Self::LIVE`] apart, that say what the device is on the host: a machine which is restored from a
+    /// snapshot may have others there. What is not listed is what the guest has seen.
+    const HOST: &'static [&'static str] = &[];
+
     /// Opens the host's side and makes the device. The error is a sentence for the operator.
     fn open(&self, machine: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError>;
 
@@ -370,6 +381,15 @@ pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOw
     fn id(&self) -> Option<&str> {
         None
     }
+
+    /// The guest's Ethernet address on it.
+    fn mac(&self) -> Option<MacAddr> {
+        None
+    }
+
+    /// Writes down what the guest sees and what follows from names on the host, so that a machine which is restored with
+    /// other names has it as well.
+    fn pin(&mut self) {}
 
     /// What the guest may use of the device, a lane each (see [`VirtioDevice::lane`]). All kinds name the keys
     /// alike: see [`crate::throttle::is_limit`].

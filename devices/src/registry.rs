@@ -11,6 +11,7 @@ use serde_json::{Map, Value};
 use crate::model::{DeviceKind, MachineShape, OpenError, UpdateError, VirtioDevice};
 use crate::params::{self, ParamError};
 use crate::throttle::{self, Limits};
+use crate::virtio::net::MacAddr;
 use crate::virtio::{balloon, block, console, net, pmem, rng, vsock};
 
 /// A device kind, as the command line needs to know it.
@@ -117,6 +118,21 @@ macro_rules! registry {
                 match self { $(Self::$variant(config) => config,)+ }
             }
 
+            /// See [`DeviceKind::mac`].
+            pub fn mac(&self) -> Option<MacAddr> {
+                match self { $(Self::$variant(config) => config.mac(),)+ }
+            }
+
+            /// See [`DeviceKind::pin`].
+            pub fn pin(&mut self) {
+                match self { $(Self::$variant(config) => config.pin(),)+ }
+            }
+
+            /// See [`DeviceKind::HOST`].
+            fn host_keys(&self) -> &'static [&'static str] {
+                match self { $(Self::$variant(_) => <$config>::HOST,)+ }
+            }
+
             /// See [`DeviceKind::LIVE`].
             fn live_keys(&self) -> &'static [&'static str] {
                 match self { $(Self::$variant(_) => <$config>::LIVE,)+ }
@@ -160,13 +176,7 @@ impl DeviceConfig {
     pub fn patched(&self, patch: &Patch) -> Result<Update, UpdateError> {
         let kind = self.kind();
         let refused = |error: serde_json::Error| UpdateError::Value { kind, problem: error.to_string() };
-        let keys = |config: &Self| match serde_json::to_value(config) {
-            Ok(Value::Object(keys)) => Ok(keys),
-            Ok(_) => Ok(Map::new()),
-            Err(error) => Err(refused(error)),
-        };
-        let before = keys(self)?;
-        let mut after = before.clone();
+        let mut after = self.keys().map_err(refused)?;
         for (key, value) in patch {
             match value {
                 Value::Null => after.remove(key),
@@ -174,11 +184,9 @@ impl DeviceConfig {
             };
         }
         let config: Self = serde_json::from_value(Value::Object(after)).map_err(refused)?;
-        // As the configuration writes itself: a default may be left out or not.
-        let after = keys(&config)?;
         let (mut limits, mut device) = (false, false);
-        for key in before.keys().chain(after.keys()).filter(|key| before.get(*key) != after.get(*key)) {
-            if throttle::is_limit(key) {
+        for key in self.changed(&config).map_err(refused)? {
+            if throttle::is_limit(&key) {
                 limits = true;
             } else if self.live_keys().contains(&key.as_str()) {
                 device = true;
@@ -191,10 +199,34 @@ impl DeviceConfig {
                     [] => "nothing of it can".into(),
                     can => format!("what can: {}", can.join(", ")),
                 };
-                return Err(UpdateError::Fixed { kind, key: key.clone(), can });
+                return Err(UpdateError::Fixed { kind, key, can });
             }
         }
         Ok(Update { config, limits, device })
+    }
+
+    /// A key that a guest of this device has seen the value of, and whose value in `other` is another.
+    pub fn differs_to_guest(&self, other: &Self) -> Option<String> {
+        let seen = |key: &String| {
+            let known = [self.live_keys(), self.host_keys()].concat();
+            !known.contains(&key.as_str()) && !throttle::is_limit(key)
+        };
+        self.changed(other).ok()?.into_iter().find(seen)
+    }
+
+    /// The configuration as it writes itself: a default may be left out or not.
+    fn keys(&self) -> Result<Patch, serde_json::Error> {
+        match serde_json::to_value(self)? {
+            Value::Object(keys) => Ok(keys),
+            _ => Ok(Map::new()),
+        }
+    }
+
+    /// Keys whose values in `other` are others.
+    fn changed(&self, other: &Self) -> Result<Vec<String>, serde_json::Error> {
+        let (before, after) = (self.keys()?, other.keys()?);
+        let all = before.keys().chain(after.keys().filter(|key| !before.contains_key(*key)));
+        Ok(all.filter(|key| before.get(*key) != after.get(*key)).cloned().collect())
     }
 }
 

@@ -30,12 +30,12 @@ use crate::exits::ExitLog;
 use crate::hypervisor::kvm::KvmHypervisor;
 use crate::hypervisor::saved::{ClockState, VcpuState};
 use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
-use crate::machine::{Inbox, Machine, MachineState, Milestone, PciAccess, Tracking};
+use crate::machine::{Asleep, Inbox, Machine, MachineState, Milestone, PciAccess, Tracking};
 use crate::memory::{GuestRam, HugePages, RamError};
 use crate::runner::{NewUnit, Runner, RunnerError, TellErrors, TellOutput, UnitHandle};
 use crate::snapshot::memory_file::{MemoryMode, Pages};
 use crate::snapshot::state_file::{SectionError, Sections};
-use crate::snapshot::{ClockMode, Snapshot};
+use crate::snapshot::{ClockMode, GenerationId, Persona, Snapshot, random};
 use crate::spans;
 use crate::vcpu::Buses;
 use crate::vm::{Message, Vm};
@@ -92,6 +92,9 @@ pub enum BuildError {
         /// Names of the features.
         missing: String,
     },
+    /// The host has no random numbers.
+    #[error("cannot read random numbers: {0}")]
+    Random(io::Error),
     /// The state in a snapshot is not one that this machine can take over.
     #[error("the snapshot cannot be restored: {0}")]
     State(SectionError),
@@ -122,6 +125,7 @@ pub struct VmBuilder {
     memory_mode: MemoryMode,
     clock_mode: ClockMode,
     other_processor: bool,
+    persona: Persona,
 }
 
 impl VmBuilder {
@@ -137,6 +141,7 @@ impl VmBuilder {
             memory_mode: MemoryMode::default(),
             clock_mode: ClockMode::default(),
             other_processor: false,
+            persona: Persona::default(),
         }
     }
 
@@ -166,6 +171,12 @@ impl VmBuilder {
     /// What a guest that comes from a snapshot makes of the time that it slept.
     pub fn clock_mode(mut self, mode: ClockMode) -> Self {
         self.clock_mode = mode;
+        self
+    }
+
+    /// What a machine that comes from a snapshot is to be, and its parent is not.
+    pub fn persona(mut self, persona: Persona) -> Self {
+        self.persona = persona;
         self
     }
 
@@ -274,6 +285,7 @@ impl VmBuilder {
             Parts { vm, ram, control, inbox, buses: Buses::default(), journal, saved: Vec::new(), span };
         let (runners, units) = parts.add_virtio(&config, devices, &slots, pci)?;
         let power_button = parts.vm.irq_line(layout::GED_IRQ)?;
+        let generation_changed = parts.vm.irq_line(layout::GENERATION_IRQ)?;
         let idle = match &origin {
             Origin::Boot(boot) => {
                 parts.describe(&config, boot, &slots)?;
@@ -289,12 +301,20 @@ impl VmBuilder {
         };
         // Late, because it empties a file.
         let (output, console, console_output) = console::output(self.when_full);
-        let console_input = parts.add_legacy(open_serial(&config.serial, output)?, &console_output)?;
+        let (console_input, boot_port) =
+            parts.add_legacy(open_serial(&config.serial, output)?, &console_output)?;
         let asleep = match &origin {
             Origin::Boot(_) => None,
             Origin::Snapshot(snapshot, state) => {
                 units.iter().try_for_each(|(_, unit)| unit.set_paused(true))?;
-                Some(parts.restore(&snapshot.sections, state)?)
+                Some(Asleep {
+                    clock: parts.restore(&snapshot.sections, state)?,
+                    generation: random().map_err(BuildError::Random)?,
+                    note: self
+                        .persona
+                        .note(&snapshot.manifest.config, &config)
+                        .map_err(BuildError::Random)?,
+                })
             }
         };
         let tracking = parts.track(&config, &origin)?;
@@ -318,6 +338,8 @@ impl VmBuilder {
             parts: saved,
             pit,
             pci,
+            boot_port,
+            generation_changed,
             asleep,
             clock_mode: self.clock_mode,
             tracking,
@@ -469,12 +491,12 @@ struct Parts {
 }
 
 impl Parts {
-    /// Puts the few pieces of a PC on the port bus; returns the console's input.
+    /// Puts the few pieces of a PC on the port bus; returns the console's input and the boot port.
     fn add_legacy(
         &mut self,
         output: Box<dyn Write + Send>,
         control: &OutputControl,
-    ) -> Result<ConsoleInput, BuildError> {
+    ) -> Result<(ConsoleInput, Arc<BootPort>), BuildError> {
         let input = ConsoleInput::default();
         let pump = {
             let input = input.clone();
@@ -498,8 +520,9 @@ impl Parts {
         let power = Arc::new(PowerRegisters::new(events.clone()));
         pio.insert(layout::POWER_PORT.into(), power::SIZE, power)?;
         let boot = Arc::new(BootPort::new(events));
-        pio.insert(boot::PORT.into(), boot::PORTS.into(), boot)?;
-        Ok(input)
+        self.saved.push(("boot".into(), boot.clone()));
+        pio.insert(boot::PORT.into(), boot::PORTS.into(), boot.clone())?;
+        Ok((input, boot))
     }
 
     /// Puts virtio devices on runners and on their transport.
@@ -624,6 +647,8 @@ impl Parts {
         kernel::write_parameters(mem, kernel, boot.initrd, &boot.cmdline)?;
         kernel::write_table(mem, layout::MP_TABLE, &mptable::build(config.cpus))?;
         kernel::write_table(mem, layout::ACPI, &acpi::build(config.cpus, slots))?;
+        let generation: GenerationId = random().map_err(BuildError::Random)?;
+        kernel::write_table(mem, layout::GENERATION_ID, &generation)?;
         cpu::write_boot_structures(mem, kernel.entry.protocol).map_err(KernelError::Memory)?;
         Ok(())
     }

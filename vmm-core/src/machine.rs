@@ -7,10 +7,12 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant, SystemTime};
 
+use devices::legacy::boot::{BootPort, Note};
 use devices::model::{IrqLine, MachineEvent, MachineEvents};
 use devices::snapshot::{Saved, Snapshot, SnapshotError, State};
 use serde::{Deserialize, Serialize};
 use tracing::Span;
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::console::{ConsoleInput, OutputControl};
 use crate::event::{Journal, What};
@@ -21,10 +23,11 @@ use crate::memory::GuestRam;
 use crate::runner::{Runner, RunnerError, UnitHandle};
 use crate::snapshot::memory_file::{PAGE, Pages};
 use crate::snapshot::state_file::{SectionError, Sections};
-use crate::snapshot::{Base, ClockMode};
+use crate::snapshot::{Base, ClockMode, GenerationId};
 use crate::spans;
 use crate::vcpu::{Buses, VcpuEnd, VcpuThread, Watch};
 use crate::vm::{Message, VmError};
+use crate::x86_64::layout;
 
 /// A point in a machine's life whose time is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -267,6 +270,14 @@ pub(crate) struct Tracking {
     pub pending: Pages,
 }
 
+/// What becomes of a restored machine when it goes on.
+pub(crate) struct Asleep {
+    /// The clocks of the snapshot.
+    pub clock: ClockState,
+    pub generation: GenerationId,
+    pub note: Note,
+}
+
 /// Everything that a machine consists of. Dropping it ends its threads, vCPUs first.
 pub(crate) struct Machine {
     /// vCPUs that have not started, or not since their machine was restored.
@@ -291,8 +302,11 @@ pub(crate) struct Machine {
     pub parts: Vec<(String, Arc<dyn Snapshot>)>,
     pub pit: bool,
     pub pci: PciAccess,
-    /// The clocks of the snapshot that this machine comes from, until it goes on.
-    pub asleep: Option<ClockState>,
+    pub boot_port: Arc<BootPort>,
+    /// Tells the guest's kernel of a new generation id.
+    pub generation_changed: Arc<dyn IrqLine>,
+    /// Of a machine that comes from a snapshot, until it goes on.
+    pub asleep: Option<Asleep>,
     /// How much of the time that it slept passes for a restored guest.
     pub clock_mode: ClockMode,
     pub tracking: Option<Tracking>,
@@ -320,7 +334,7 @@ impl Machine {
 
     /// Lets a machine that comes from a snapshot go on for the first time.
     fn wake(&mut self) -> Result<(), HvError> {
-        let Some(clock) = self.asleep.take() else { return Ok(()) };
+        let Some(Asleep { clock, generation, note }) = self.asleep.take() else { return Ok(()) };
         let slept = match self.clock_mode {
             ClockMode::Advance => now().saturating_sub(clock.realtime),
             ClockMode::Freeze => 0,
@@ -330,7 +344,19 @@ impl Machine {
             let ticks = u128::from(slept) * u128::from(vcpu.tsc_khz()?) / 1_000_000;
             vcpu.set_clock(VcpuClock { tsc: tsc.wrapping_add(ticks as u64), deadline })?;
         }
+        self.tell_clone(&generation, note);
         Ok(())
+    }
+
+    /// Tells the guest that it is not the one that was saved: its kernel by the generation id, and our own init by the power
+    /// button, which that knows to be none. The interrupts are the first that the vCPUs take.
+    fn tell_clone(&self, generation: &GenerationId, note: Note) {
+        // Every machine has RAM there.
+        _ = self.ram.memory().write_slice(generation, GuestAddress(layout::GENERATION_ID));
+        self.generation_changed.trigger();
+        if self.boot_port.go_on(note) {
+            self.power_button.trigger();
+        }
     }
 
     /// The state of all parts. The machine is paused.
@@ -356,7 +382,7 @@ impl Machine {
     }
 
     fn clock(&self) -> Result<ClockState, HvError> {
-        if let Some(clock) = &self.asleep {
+        if let Some(Asleep { clock, .. }) = &self.asleep {
             return Ok(clock.clone());
         }
         let vcpus =

@@ -71,6 +71,11 @@ impl ConfigSpace {
         ConfigState { bytes, generation: self.generation() }
     }
 
+    /// Calls `check` with the bytes of a saved state and those of now.
+    pub fn compare<T>(&self, saved: &ConfigState, check: impl FnOnce(&[u8], &[u8]) -> T) -> T {
+        check(&saved.bytes, &self.bytes.read().unwrap_or_else(|e| e.into_inner()))
+    }
+
     /// Takes over what the driver wrote. What only the device writes is what it is now: another size or MAC address than
     /// in the snapshot moves the generation. Returns whether there is such a difference.
     pub fn restore(&self, saved: &ConfigState) -> bool {

@@ -70,6 +70,7 @@ impl DeviceKind for Config {
     const NAME: &'static str = "console";
     const SYNTAX: &'static str = "file=PATH|socket=PATH|pty|null";
     const HELP: &'static str = "A second console, hvc0 (give the guest console=hvc0)";
+    const HOST: &'static [&'static str] = &["file", "socket", "pty", "null"];
 
     fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         let side = match (&self.file, &self.socket, self.pty, self.null) {

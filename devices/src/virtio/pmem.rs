@@ -15,6 +15,7 @@ use super::block::open_locked;
 use super::config_space::ConfigSpace;
 use super::queue::Queues;
 use crate::model::{Counters, DeviceKind, MachineShape, OpenError, Progress, VirtioDevice, Window};
+use crate::snapshot::SnapshotError;
 use crate::throttle::{Limits, LogLimit, TokenBucket};
 
 /// VIRTIO_PMEM_REQ_TYPE_FLUSH (virtio 1.3 §5.19.6).
@@ -56,6 +57,7 @@ impl DeviceKind for Config {
     const SYNTAX: &'static str = "path=FILE[,ro][,root][,id=NAME][,ops=LIMIT]";
     const HELP: &'static str = "A disk image as memory; read-only, all machines share one copy";
     const BARE_KEY: Option<&'static str> = Some("path");
+    const HOST: &'static [&'static str] = &["path"];
 
     fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         let what = "persistent memory";
@@ -155,6 +157,18 @@ impl VirtioDevice for Pmem {
 
     fn config_space(&self) -> Arc<ConfigSpace> {
         self.config.clone()
+    }
+
+    /// It is memory, and stays where it is and as large as it is.
+    fn check_config(&self, saved: &[u8], now: &[u8]) -> Result<(), SnapshotError> {
+        let [saved, found] = [saved, now].map(|config| {
+            let (start, bytes) = config.split_at_checked(8)?;
+            Some([start, bytes].map(|half| half.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))))
+        });
+        let text = |place: Option<[u64; 2]>| {
+            place.map_or_else(String::new, |[start, bytes]| format!("{bytes} bytes at {start:#x}"))
+        };
+        SnapshotError::unless_same("persistent memory of", text(saved), text(found))
     }
 
     fn counters(&self) -> Arc<Counters> {

@@ -147,6 +147,7 @@ impl Unit {
             counter.store(value.map_or(0, |&(_, value)| value), Ordering::Relaxed);
         }
         self.throttles.iter_mut().zip(&saved.throttles).for_each(|(throttle, saved)| throttle.restore(saved));
+        self.config.compare(&saved.config, |saved, now| self.device.check_config(saved, now))?;
         let told = self.config.generation();
         let differs = self.config.restore(&saved.config);
         let Some(states) = &saved.queues else { return Ok(()) };

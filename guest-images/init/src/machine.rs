@@ -1,7 +1,5 @@
 //! Settings of the machine itself: name, loopback interface, power.
-#![allow(unsafe_code, reason = "interface flags are set by an ioctl that has no safe wrapper")]
 
-use rustix_core::ioctl::{Setter, ioctl};
 use rustix_core::net::{AddressFamily, SocketType, socket};
 use rustix_core::system::{RebootCommand, reboot, sethostname, uname};
 
@@ -33,27 +31,16 @@ pub fn set_hostname() {
     }
 }
 
-/// include/uapi/linux/sockios.h
-const SIOCSIFFLAGS: u32 = 0x8914;
 /// IFF_UP and IFF_RUNNING (include/uapi/linux/if.h).
 const UP: u16 = 0x1 | 0x40;
-
-/// `struct ifreq` with flags in its union.
-#[repr(C)]
-struct InterfaceFlags {
-    name: [u8; 16],
-    flags: u16,
-    rest: [u8; 22],
-}
 
 /// Brings the loopback interface up; the kernel gives it its addresses. A kernel without network has none.
 pub fn loopback_up() {
     let Ok(socket) = socket(AddressFamily::INET, SocketType::DGRAM, None) else { return };
-    let mut request = InterfaceFlags { name: [0; 16], flags: UP, rest: [0; 22] };
+    let mut request = sys::InterfaceRequest::default();
     request.name[..2].copy_from_slice(b"lo");
-    // SAFETY: SIOCSIFFLAGS reads one `struct ifreq`, of which `InterfaceFlags` has size and layout.
-    let result = unsafe { ioctl(&socket, Setter::<{ SIOCSIFFLAGS }, _>::new(request)) };
-    if let Err(error) = result {
+    request.data[..2].copy_from_slice(&UP.to_ne_bytes());
+    if let Err(error) = sys::control(&socket, &sys::SET_INTERFACE_FLAGS, &mut request) {
         say!("cannot bring up lo: {error}");
     }
 }

@@ -2,7 +2,8 @@
 //! command (or a shell), tells how that ended, and switches the machine off.
 //!
 //! The command is what follows ` -- ` on the kernel command line. Two port writes go to the VMM; a VMM that
-//! knows nothing of them ignores them, and the same facts stand on the console.
+//! knows nothing of them ignores them, and the same facts stand on the console. When the machine goes on from a snapshot,
+//! it makes itself what the VMM wants this clone to be.
 //!
 //! It is in every boot benchmark and inside every `vmm` binary, so it is small and quick: no libc, no heap, few
 //! system calls, no sleeps. The image builder compiles it with `panic=abort`, and that is what makes it
@@ -10,6 +11,7 @@
 
 #![cfg_attr(all(panic = "abort", not(test)), no_std, no_main)]
 
+mod clone;
 mod command;
 mod console;
 #[cfg(all(panic = "abort", not(test)))]
@@ -21,11 +23,14 @@ mod sys;
 
 use core::ffi::CStr;
 
+use clone::Clones;
 use machine::PowerAction;
 use signals::{Event, Signals};
 
-/// Port written once, with 1, as soon as process 1 runs.
-const PORT_USER_SPACE_REACHED: u16 = 0x610;
+/// Port written once, as soon as process 1 runs.
+const PORT_PROGRESS: u16 = 0x610;
+/// What is written there: user space runs, and reads the notes for clones.
+const USER_SPACE_REACHED: u8 = 1 | 2;
 /// Port written once, with the command's exit status.
 const PORT_EXIT_STATUS: u16 = 0x611;
 
@@ -41,15 +46,15 @@ fn main() {
 
 /// The life of process 1. `arguments` and `environment` are what the kernel passed, without a final null.
 fn run<'a>(arguments: &'a [*const u8], environment: impl Iterator<Item = &'a CStr> + Clone) -> ! {
-    sys::write_port(PORT_USER_SPACE_REACHED, 1);
+    // Blocked before the VMM or a child can be the cause of one, so none can be missed.
+    let signals = Signals::block();
+    sys::write_port(PORT_PROGRESS, USER_SPACE_REACHED);
     say!("user space reached");
     mounts::mount_all();
     machine::set_hostname();
     machine::loopback_up();
     machine::take_ctrl_alt_del();
 
-    // Blocked before the first child exists, so the end of a child cannot be missed.
-    let signals = Signals::block();
     let command = command::of_kernel_command_line(arguments);
     let action = match command::spawn(command, environment, signals) {
         Ok(child) => supervise(signals, child),
@@ -65,8 +70,9 @@ fn run<'a>(arguments: &'a [*const u8], environment: impl Iterator<Item = &'a CSt
 
 /// Reaps every orphan until the command ends or somebody asks for a shutdown.
 fn supervise(signals: Signals, command: rustix_core::process::Pid) -> PowerAction {
+    let mut clones = Clones::watch();
     loop {
-        match signals.next() {
+        match signals.next(clones.ask_after) {
             Event::ChildrenChanged => {
                 while let Some((pid, status)) = signals::reap() {
                     if pid == command {
@@ -76,7 +82,10 @@ fn supervise(signals: Signals, command: rustix_core::process::Pid) -> PowerActio
                     }
                 }
             }
+            Event::PowerButton if clones.look() => {}
+            Event::PowerButton => return PowerAction::Off,
             Event::Shutdown(action) => return action,
+            Event::Nothing => _ = clones.look(),
         }
     }
 }

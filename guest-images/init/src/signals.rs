@@ -2,6 +2,7 @@
 
 use core::time::Duration;
 
+use rustix_core::io::Errno;
 use rustix_core::process::{Pid, WaitOptions, WaitStatus, wait};
 
 use crate::machine::PowerAction;
@@ -16,13 +17,12 @@ const SIGCHLD: usize = 17;
 /// SIGRTMIN+4: how the kernel's power-button driver and systemd's tools say "power off".
 const POWER_BUTTON: usize = 38;
 
-/// How `reboot`, `halt` and `poweroff` (BusyBox's signals), Ctrl-Alt-Del and the power button reach process 1.
-const SHUTDOWNS: [(usize, PowerAction); 5] = [
+/// How `reboot`, `halt` and `poweroff` (BusyBox's signals) and Ctrl-Alt-Del reach process 1.
+const SHUTDOWNS: [(usize, PowerAction); 4] = [
     (SIGTERM, PowerAction::Restart),
     (SIGINT, PowerAction::Restart),
     (SIGUSR1, PowerAction::Off),
     (SIGUSR2, PowerAction::Off),
-    (POWER_BUTTON, PowerAction::Off),
 ];
 
 /// How long processes may take to end after SIGTERM before SIGKILL.
@@ -34,6 +34,10 @@ pub enum Event {
     ChildrenChanged,
     /// Somebody wants the machine stopped.
     Shutdown(PowerAction),
+    /// The power button, or the VMM that has a note for a clone.
+    PowerButton,
+    /// Nothing, for as long as was waited.
+    Nothing,
 }
 
 /// The set of signals that process 1 takes, blocked.
@@ -45,7 +49,8 @@ pub struct Signals {
 impl Signals {
     /// Blocks the set in the calling process.
     pub fn block() -> Self {
-        let set = SHUTDOWNS.iter().fold(bit(SIGCHLD), |set, (signal, _)| set | bit(*signal));
+        let others = bit(SIGCHLD) | bit(POWER_BUTTON);
+        let set = SHUTDOWNS.iter().fold(others, |set, (signal, _)| set | bit(*signal));
         sys::block_signals(set);
         Self { set }
     }
@@ -55,13 +60,16 @@ impl Signals {
         sys::unblock_signals(self.set);
     }
 
-    /// Waits for the next event.
-    pub fn next(self) -> Event {
+    /// Waits for the next event, at most for `timeout`.
+    pub fn next(self, timeout: Option<Duration>) -> Event {
         loop {
-            let Ok(signal) = sys::wait_for_signal(self.set, None) else { continue };
-            if signal == SIGCHLD {
-                return Event::ChildrenChanged;
-            }
+            let signal = match sys::wait_for_signal(self.set, timeout) {
+                Ok(SIGCHLD) => return Event::ChildrenChanged,
+                Ok(POWER_BUTTON) => return Event::PowerButton,
+                Ok(signal) => signal,
+                Err(Errno::AGAIN) => return Event::Nothing,
+                Err(_) => continue,
+            };
             if let Some((_, action)) = SHUTDOWNS.iter().find(|(number, _)| *number == signal) {
                 return Event::Shutdown(*action);
             }

@@ -2,20 +2,30 @@
 #![allow(unsafe_code, reason = "system calls without a safe wrapper, and port output")]
 
 use core::arch::asm;
+use core::marker::PhantomData;
 use core::time::Duration;
 
-use rustix_core::fd::BorrowedFd;
+use rustix_core::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use rustix_core::io::Errno;
 use rustix_core::process::Pid;
 
 // Numbers: arch/x86/entry/syscalls/syscall_64.tbl.
 const RT_SIGPROCMASK: usize = 14;
+const IOCTL: usize = 16;
 const FORK: usize = 57;
 const EXECVE: usize = 59;
 const EXIT_GROUP: usize = 231;
 const KILL: usize = 62;
 const RT_SIGTIMEDWAIT: usize = 128;
 const IOPERM: usize = 173;
+const CLOCK_SETTIME: usize = 227;
+const CLOCK_GETTIME: usize = 228;
+
+/// Clocks of include/uapi/linux/time.h.
+const CLOCK_REALTIME: usize = 0;
+const CLOCK_MONOTONIC: usize = 1;
+/// Nanoseconds in a second.
+const NANOS: u64 = 1_000_000_000;
 
 const SIG_BLOCK: usize = 0;
 const SIG_UNBLOCK: usize = 1;
@@ -57,14 +67,123 @@ pub fn drain_console() {
     let _ = rustix_core::termios::tcdrain(console());
 }
 
-/// Writes `value` to an I/O port; does nothing where the kernel does not let us (no ioperm, no privilege).
-pub fn write_port(port: u16, value: u8) {
+/// Opens I/O ports for this process; false where the kernel does not let us (no ioperm, no privilege).
+fn open_ports(first: u16, count: usize) -> bool {
     // SAFETY: ioperm takes numbers and only changes which ports this process may touch.
-    if unsafe { syscall(IOPERM, [port.into(), 1, 1, 0]) }.is_err() {
-        return;
+    unsafe { syscall(IOPERM, [first.into(), count, 1, 0]) }.is_ok()
+}
+
+/// Writes `value` to an I/O port, where the kernel lets us.
+pub fn write_port(port: u16, value: u8) {
+    if open_ports(port, 1) {
+        // SAFETY: the port was opened above and belongs to the VMM (or to nothing); no memory is touched.
+        unsafe {
+            asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags))
+        };
     }
-    // SAFETY: the port was opened above and belongs to the VMM (or to nothing); no memory is touched.
-    unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack, preserves_flags)) };
+}
+
+/// A number that one port, or several in a row, can be read as.
+pub trait PortValue: From<u8> {
+    /// Reads it from a port that is open to this process and belongs to the VMM or to nothing.
+    fn read(port: u16) -> Self;
+}
+
+impl PortValue for u8 {
+    fn read(port: u16) -> Self {
+        let value;
+        // SAFETY: see the trait; no memory is touched.
+        unsafe {
+            asm!("in al, dx", in("dx") port, out("al") value, options(nomem, nostack, preserves_flags))
+        };
+        value
+    }
+}
+
+impl PortValue for u32 {
+    fn read(port: u16) -> Self {
+        let value;
+        // SAFETY: as above.
+        unsafe {
+            asm!("in eax, dx", in("dx") port, out("eax") value, options(nomem, nostack, preserves_flags))
+        };
+        value
+    }
+}
+
+/// Reads an I/O port, where the kernel lets us.
+pub fn read_port<T: PortValue>(port: u16) -> Option<T> {
+    open_ports(port, size_of::<T>()).then(|| T::read(port))
+}
+
+/// A clock of the kernel's in nanoseconds.
+fn clock(id: usize) -> u64 {
+    let mut time = [0u64; 2];
+    // SAFETY: the kernel writes two words; with a clock that there is, it cannot fail.
+    let _ = unsafe { syscall(CLOCK_GETTIME, [id, &raw mut time as usize, 0, 0]) };
+    time[0] * NANOS + time[1]
+}
+
+/// Nanoseconds since the machine was started.
+pub fn monotonic_time() -> u64 {
+    clock(CLOCK_MONOTONIC)
+}
+
+/// Nanoseconds since 1970.
+pub fn wall_clock() -> u64 {
+    clock(CLOCK_REALTIME)
+}
+
+/// Sets the wall clock to this many nanoseconds since 1970.
+pub fn set_wall_clock(nanos: u64) -> Result<(), Errno> {
+    let time = [nanos / NANOS, nanos % NANOS];
+    // SAFETY: the kernel reads two words, which live through the call.
+    unsafe { syscall(CLOCK_SETTIME, [CLOCK_REALTIME, &raw const time as usize, 0, 0]) }.map(drop)
+}
+
+/// A request to a device, whose argument is a `T`.
+pub struct Control<T> {
+    number: usize,
+    argument: PhantomData<T>,
+}
+
+impl<T> Control<T> {
+    const fn of(number: usize) -> Self {
+        Self { number, argument: PhantomData }
+    }
+}
+
+/// RNDADDENTROPY and RNDRESEEDCRNG (include/uapi/linux/random.h).
+pub const ADD_ENTROPY: Control<Entropy> = Control::of(0x4008_5203);
+pub const RESEED: Control<()> = Control::of(0x5207);
+/// SIOCGIFNAME, SIOCSIFFLAGS, SIOCSIFHWADDR and SIOCGIFHWADDR (include/uapi/linux/sockios.h).
+pub const INTERFACE_AT_INDEX: Control<InterfaceRequest> = Control::of(0x8910);
+pub const SET_INTERFACE_FLAGS: Control<InterfaceRequest> = Control::of(0x8914);
+pub const SET_HARDWARE_ADDRESS: Control<InterfaceRequest> = Control::of(0x8924);
+pub const HARDWARE_ADDRESS: Control<InterfaceRequest> = Control::of(0x8927);
+
+/// `struct rand_pool_info`, with what follows it.
+#[repr(C)]
+pub struct Entropy {
+    pub bits: u32,
+    pub bytes: u32,
+    pub seed: [u8; 32],
+}
+
+/// `struct ifreq` with its union (include/uapi/linux/if.h).
+#[repr(C, align(8))]
+#[derive(Default)]
+pub struct InterfaceRequest {
+    pub name: [u8; 16],
+    pub data: [u8; 24],
+}
+
+/// Makes a request to a device.
+pub fn control<T>(file: &OwnedFd, request: &Control<T>, argument: &mut T) -> Result<(), Errno> {
+    let pointer = &raw mut *argument as usize;
+    // SAFETY: each request above reads and writes no more than its argument's type, which is plain bytes and lives
+    // through the call.
+    unsafe { syscall(IOCTL, [file.as_raw_fd() as usize, request.number, pointer, 0]) }.map(drop)
 }
 
 /// Blocks a set of signals (bit n-1 stands for signal n).

@@ -5,6 +5,7 @@
 //! [`Snapshot::open`] checks the first two as a whole, [`crate::Vm::restore`] builds the machine from the configuration as
 //! any other, and gives each part its state.
 
+mod clone;
 pub mod manifest;
 pub mod memory_file;
 pub mod state_file;
@@ -16,12 +17,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use devices::registry::DeviceConfig;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, VmConfig};
 use crate::hypervisor::saved::VcpuState;
 use crate::x86_64::{Slots, features};
+pub(crate) use clone::GenerationId;
+pub use clone::{Hostname, MachineId, Persona, Unlike};
 use manifest::{DevicePlace, Diff, Manifest, MemoryMap, MemoryRange};
 use memory_file::{MemoryFileError, MemoryImage, Pages, Written};
 use state_file::{SectionError, Sections};
@@ -151,6 +155,8 @@ pub struct Snapshot {
     pub(crate) manifest: Manifest,
     pub(crate) sections: Sections,
     pub(crate) image: Arc<MemoryImage>,
+    /// What the machine is to be now.
+    pub(crate) config: VmConfig,
 }
 
 impl Snapshot {
@@ -165,12 +171,13 @@ impl Snapshot {
         }
         let sections = Sections::from_bytes(&bytes).map_err(wrong)?;
         let image = Arc::new(open_memory(path, &manifest)?);
-        Ok(Self { path: path.into(), manifest, sections, image })
+        let config = manifest.config.clone();
+        Ok(Self { path: path.into(), manifest, sections, image, config })
     }
 
     /// What the machine is. Paths, addresses and names of the host may be changed with [`Self::set_config`].
     pub fn config(&self) -> &VmConfig {
-        &self.manifest.config
+        &self.config
     }
 
     /// What is known of it.
@@ -195,10 +202,12 @@ impl Snapshot {
         Base { id: self.manifest.id.clone(), path }
     }
 
-    /// Restores the machine with another configuration: what it is to the guest must stay, what it is on the host may
-    /// change.
-    pub fn set_config(&mut self, config: VmConfig) {
-        self.manifest.config = config;
+    /// Restores the machine with another configuration: what it is to the guest must stay, and what it is on the host may
+    /// change: paths, taps, limits, and also Ethernet addresses and CIDs, of which the guest is told. A disk may be larger.
+    pub fn set_config(&mut self, config: VmConfig) -> Result<(), Unlike> {
+        clone::check(&self.manifest.config, &config)?;
+        self.config = config;
+        Ok(())
     }
 }
 
@@ -340,7 +349,8 @@ impl Draft {
 
     /// Writes what is missing, makes all of it last, and puts it in its place, where another snapshot may be.
     pub fn finish(self, captured: Captured) -> Result<(SnapshotReport, Base), SnapshotFailed> {
-        let Captured { sections, written, config, paused, diff } = captured;
+        let Captured { sections, written, mut config, paused, diff } = captured;
+        config.devices.iter_mut().for_each(DeviceConfig::pin);
         let state = sections.to_bytes().map_err(SnapshotFailed::Save)?;
         let memory = self.dir.join(MEMORY);
         let crc32 = written.crc32(&self.memory).map_err(SnapshotFailed::io("read", &memory))?;
@@ -440,7 +450,8 @@ fn sync_dir(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-fn random<const N: usize>() -> io::Result<[u8; N]> {
+/// Bytes of the host's random number generator.
+pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
     let mut bytes = [0; N];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes)

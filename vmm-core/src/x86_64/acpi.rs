@@ -1,5 +1,5 @@
 //! ACPI tables of a hardware-reduced machine (ACPI 6.5, 4.1): no fixed hardware but a reset and a sleep
-//! register, and a generic event device for the power button.
+//! register, and a generic event device for the power button and the VM generation id.
 
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -100,6 +100,8 @@ fn dsdt(slots: &Slots) -> Sdt {
     rtc(&mut dsdt);
     pvpanic(&mut dsdt);
     power_button(&mut dsdt);
+    generation_id(&mut dsdt);
+    event_device(&mut dsdt);
     match slots {
         Slots::Mmio(slots) => {
             slots.iter().enumerate().for_each(|(i, slot)| virtio_mmio(&mut dsdt, i, slot));
@@ -165,9 +167,11 @@ fn pvpanic(dsdt: &mut Sdt) {
     .to_aml_bytes(dsdt);
 }
 
-/// A control method power button; the generic event device turns its interrupt into the notification.
+/// Notification values (ACPI 6.5, 5.6.6): the button was pressed, the generation id is another.
+const STATUS_CHANGED: u8 = 0x80;
+
+/// A control method power button.
 fn power_button(dsdt: &mut Sdt) {
-    const STATUS_CHANGED: u8 = 0x80;
     aml::Device::new(
         "_SB_.PWRB".into(),
         vec![
@@ -176,7 +180,27 @@ fn power_button(dsdt: &mut Sdt) {
         ],
     )
     .to_aml_bytes(dsdt);
-    let button = aml::Path::new("\\_SB_.PWRB");
+}
+
+/// The device of the "Virtual Machine Generation ID" paper: ADDR says where the id is, in two halves of an address.
+fn generation_id(dsdt: &mut Sdt) {
+    let halves = [layout::GENERATION_ID as u32, (layout::GENERATION_ID >> 32) as u32];
+    aml::Device::new(
+        "_SB_.VGEN".into(),
+        vec![
+            &aml::Name::new("_HID".into(), &"VMMVGEN0"),
+            &aml::Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &aml::Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &aml::Name::new("ADDR".into(), &aml::Package::new(vec![&halves[0], &halves[1]])),
+        ],
+    )
+    .to_aml_bytes(dsdt);
+}
+
+/// Turns interrupts into notifications.
+fn event_device(dsdt: &mut Sdt) {
+    let (button, generation) = (aml::Path::new("\\_SB_.PWRB"), aml::Path::new("\\_SB_.VGEN"));
+    let interrupts = [layout::GED_IRQ, layout::GENERATION_IRQ];
     aml::Device::new(
         "_SB_.GED_".into(),
         vec![
@@ -184,16 +208,25 @@ fn power_button(dsdt: &mut Sdt) {
             &aml::Name::new("_UID".into(), &aml::ZERO),
             &aml::Name::new(
                 "_CRS".into(),
-                &aml::ResourceTemplate::new(vec![&edge_interrupt(layout::GED_IRQ)]),
+                &aml::ResourceTemplate::new(vec![
+                    &edge_interrupt(interrupts[0]),
+                    &edge_interrupt(interrupts[1]),
+                ]),
             ),
             &aml::Method::new(
                 "_EVT".into(),
                 1,
                 true,
-                vec![&aml::If::new(
-                    &aml::Equal::new(&aml::Arg(0), &layout::GED_IRQ),
-                    vec![&aml::Notify::new(&button, &STATUS_CHANGED)],
-                )],
+                vec![
+                    &aml::If::new(
+                        &aml::Equal::new(&aml::Arg(0), &interrupts[0]),
+                        vec![&aml::Notify::new(&button, &STATUS_CHANGED)],
+                    ),
+                    &aml::If::new(
+                        &aml::Equal::new(&aml::Arg(0), &interrupts[1]),
+                        vec![&aml::Notify::new(&generation, &STATUS_CHANGED)],
+                    ),
+                ],
             ),
         ],
     )

@@ -4,6 +4,7 @@
 //! 0x0000_0000  boot structures, then free RAM
 //! 0x0009_fc00  MP table                         (reserved in E820 up to 1 MiB)
 //! 0x000e_0000  ACPI tables, the RSDP first
+//! 0x000f_f000  VM generation id
 //! 0x0010_0000  kernel; the initrd ends where low RAM ends
 //! 0xc000_0000  MMIO gap: virtio-mmio, PCI, I/O APIC, local APIC, KVM's own pages
 //! 0x1_0000_0000  the rest of RAM, then windows (files of devices), each at a multiple of 1 GiB
@@ -36,7 +37,9 @@ pub const MP_TABLE_MAX: usize = 0x400;
 /// ACPI tables; the RSDP is here, where Linux looks for it when nobody tells it.
 pub const ACPI: u64 = 0xe_0000;
 /// Bytes of room for the ACPI tables.
-pub const ACPI_MAX: usize = 0x2_0000;
+pub const ACPI_MAX: usize = 0x1_f000;
+/// The VM generation id, 16 bytes: another one in every machine, and in all that are restored from one.
+pub const GENERATION_ID: u64 = 0xf_f000;
 /// Where RAM for the kernel starts.
 pub const HIGH_RAM: u64 = 0x10_0000;
 
@@ -65,6 +68,8 @@ pub const POWER_PORT: u16 = 0x600;
 
 /// Interrupt of the ACPI generic event device, which carries the power button.
 pub const GED_IRQ: u32 = 9;
+/// Another one of the generic event device, for a new VM generation id. A PC has its second serial port there.
+pub const GENERATION_IRQ: u32 = 3;
 /// Interrupts for virtio-mmio devices: all inputs of the I/O APIC that nothing else uses.
 pub const DEVICE_IRQS: &[u32] = &[5, 6, 7, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
 /// Inputs of the I/O APIC.
@@ -92,6 +97,8 @@ pub fn next_window(end: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use devices::legacy::serial;
+
     use super::*;
 
     #[test]
@@ -99,6 +106,15 @@ mod tests {
         assert_eq!(ram_ranges(256 << 20), [(0, 256 << 20)]);
         assert_eq!(ram_ranges(MMIO_GAP), [(0, MMIO_GAP)]);
         assert_eq!(ram_ranges(MMIO_GAP + 4096), [(0, MMIO_GAP), (MMIO_GAP_END, 4096)]);
+    }
+
+    #[test]
+    fn no_two_devices_share_an_interrupt() {
+        let fixed = [serial::IRQ, GED_IRQ, GENERATION_IRQ];
+        let mut all: Vec<u32> = fixed.into_iter().chain(DEVICE_IRQS.iter().copied()).collect();
+        all.sort_unstable();
+        assert!(all.windows(2).all(|pair| pair[0] < pair[1]), "{all:?}");
+        assert!(all.iter().all(|irq| *irq < IO_APIC_PINS.into()));
     }
 
     #[test]

@@ -112,6 +112,7 @@ impl DeviceKind for Config {
     const BARE_KEY: Option<&'static str> = Some("path");
 
     const LIVE: &'static [&'static str] = &["path", "size"];
+    const HOST: &'static [&'static str] = &["format", "backing", "cache", "engine", "runner"];
 
     fn open(&self, machine: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         let refuse = |problem: String| Err(Self::refused(problem));

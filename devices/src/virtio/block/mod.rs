@@ -32,6 +32,7 @@ use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use super::config_space::ConfigSpace;
 use super::queue::{Queues, VirtQueue};
 use crate::model::{Counters, DeviceKind, HostSource, OpenError, Progress, UpdateError, VirtioDevice};
+use crate::snapshot::SnapshotError;
 pub use config::{Cache, Config, Format};
 use disk::Disk;
 pub(super) use disk::open_locked;
@@ -418,6 +419,24 @@ impl VirtioDevice for Block {
     fn host_event(&mut self, queues: &mut Queues<'_>, _token: u32) -> Progress {
         self.collect(queues);
         self.serve_waiting(queues)
+    }
+
+    /// A larger disk is news for the driver, as when it grows while the machine runs. A smaller one lacks what file systems
+    /// in the guest's memory know to be there.
+    fn check_config(&self, saved: &[u8], now: &[u8]) -> Result<(), SnapshotError> {
+        let bytes = |config: &[u8]| {
+            let sectors = config.first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes));
+            sectors.saturating_mul(SECTOR)
+        };
+        let (saved, found) = (bytes(saved), bytes(now));
+        match found < saved {
+            true => Err(SnapshotError::Differs {
+                what: "a disk of this many bytes:",
+                saved: saved.to_string(),
+                found: found.to_string(),
+            }),
+            false => Ok(()),
+        }
     }
 
     fn update(&mut self, config: &dyn Any) -> Result<(), UpdateError> {

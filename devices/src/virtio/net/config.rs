@@ -186,7 +186,7 @@ impl Config {
     }
 
     /// The guest's address on the host's interface `name`.
-    fn mac(&self, name: &str) -> MacAddr {
+    fn mac_on(&self, name: &str) -> MacAddr {
         let stable = || match &self.id {
             Some(id) => MacAddr::from_name(&format!("{name}/{id}")),
             None => MacAddr::from_name(name),
@@ -204,13 +204,14 @@ impl DeviceKind for Config {
         "A network interface: through passt without root, on a tap, or on a new tap as root";
 
     const LIVE: &'static [&'static str] = &["metadata"];
+    const HOST: &'static [&'static str] = &["user", "tap", "fd", "publish", "mac", "mac_check"];
 
     fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         let (backend, pairs) = self.backend().map_err(Self::refused)?;
         let links = |taps: Vec<tap::Tap>| taps.into_iter().map(Link::Tap).collect();
         let (links, mac, boot) = match backend {
             Backend::User => {
-                let mac = self.mac("user");
+                let mac = self.mac_on("user");
                 let (socket, passt) = passt::start(mac, &self.publish)?;
                 let boot = Boot {
                     address: passt::GUEST,
@@ -226,12 +227,12 @@ impl DeviceKind for Config {
             Backend::NewTap => {
                 let (taps, ends) = tap::make(pairs, self.mtu)?;
                 let boot = Boot { address: ends.guest, gateway: ends.host, mask: ends.mask, dns: None };
-                (links(taps), self.mac("tap"), Some(boot))
+                (links(taps), self.mac_on("tap"), Some(boot))
             }
-            Backend::Tap(name) => (links(tap::open(name, pairs)?), self.mac(name), None),
+            Backend::Tap(name) => (links(tap::open(name, pairs)?), self.mac_on(name), None),
             Backend::Inherited(fds) => {
                 let (taps, name) = tap::inherit(fds)?;
-                (links(taps), self.mac(&name), None)
+                (links(taps), self.mac_on(&name), None)
             }
         };
         let setup = Setup { mac, mtu: self.mtu, mac_check: self.mac_check, boot };
@@ -240,6 +241,21 @@ impl DeviceKind for Config {
 
     fn id(&self) -> Option<&str> {
         self.id.as_deref()
+    }
+
+    fn mac(&self) -> Option<MacAddr> {
+        let name = match (&self.tap, &self.fd[..]) {
+            (Some(TapChoice::Named(name)), _) => name.clone(),
+            (Some(TapChoice::New), _) => "tap".into(),
+            (None, []) => "user".into(),
+            // Of one that is not there, nothing is known.
+            (None, [fd, ..]) => tap::name(*fd)?,
+        };
+        Some(self.mac_on(&name))
+    }
+
+    fn pin(&mut self) {
+        self.mac = DeviceKind::mac(self);
     }
 
     fn limits(&self) -> Vec<Limits> {

@@ -121,6 +121,19 @@ fn not_permitted() -> OpenError {
     )
 }
 
+/// The name of the tap interface behind an open descriptor.
+pub fn name(fd: RawFd) -> Option<String> {
+    interface(fd).as_ref().map(name_of)
+}
+
+/// What TUNGETIFF says of a descriptor, if it is an open tap interface.
+fn interface(fd: RawFd) -> Option<libc::ifreq> {
+    // SAFETY: all bytes zero is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { zeroed() };
+    // SAFETY: TUNGETIFF fills in an ifreq, which lives through the call; any number may be tried.
+    (unsafe { libc::ioctl(fd, libc::TUNGETIFF, &raw mut request) } >= 0).then_some(request)
+}
+
 /// Taps that were opened by whoever started us, a descriptor for each queue.
 pub fn inherit(fds: &[RawFd]) -> Result<(Vec<Tap>, String), OpenError> {
     let mut name = String::new();
@@ -131,14 +144,9 @@ pub fn inherit(fds: &[RawFd]) -> Result<(Vec<Tap>, String), OpenError> {
                 "fd={fd}: {what}; open it with TUNSETIFF and IFF_TAP | IFF_NO_PI | IFF_VNET_HDR"
             ))
         };
-        // SAFETY: all bytes zero is a valid ifreq.
-        let mut request: libc::ifreq = unsafe { zeroed() };
-        // SAFETY: TUNGETIFF fills in an ifreq, which lives through the call; any number may be tried.
-        let flags = match unsafe { libc::ioctl(fd, libc::TUNGETIFF, &raw mut request) } {
-            // SAFETY: TUNGETIFF has set the flags.
-            0.. => libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags }),
-            _ => return Err(wrong("no open tap interface".into())),
-        };
+        let request = interface(fd).ok_or_else(|| wrong("no open tap interface".into()))?;
+        // SAFETY: TUNGETIFF has set the flags.
+        let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
         if flags & FLAGS != FLAGS {
             return Err(wrong("not a tap with virtio-net headers".into()));
         }

@@ -44,6 +44,7 @@ impl DeviceKind for Config {
     const HELP: &'static str = "Sockets between host (unix sockets at this path) and guest (vsock)";
     const BARE_KEY: Option<&'static str> = Some("path");
     const SINGLE: bool = true;
+    const HOST: &'static [&'static str] = &["path", "cid"];
 
     fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         if matches!(self.cid, 0..=2 | u32::MAX) {

@@ -6,6 +6,7 @@
 //! reads. Every other command calls such a peer, checks what it does, and prints one line.
 
 mod address;
+mod clock;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -41,6 +42,7 @@ fn run(arguments: &[&str]) -> Result<()> {
         ["ping", address, count] => ping(&address.parse()?, count.parse()?),
         ["connects", address, count] => connects(&address.parse()?, count.parse()?),
         ["pipe", address] => pipe(&address.parse()?),
+        ["clock"] => clock::serve(),
         ["wait-for-end", address] => wait_for_end(&address.parse()?),
         _ => bail!("there is no such command: {}", arguments.join(" ")),
     }

@@ -340,9 +340,15 @@ impl Machine {
             ClockMode::Freeze => 0,
         };
         self.vm.set_clock(clock.kvmclock.saturating_add(slept))?;
-        for (vcpu, &VcpuClock { tsc, deadline }) in self.idle.iter_mut().zip(&clock.vcpus) {
+        // Offsets of the first vCPU, as saved and as it is now.
+        let mut first = None;
+        for (vcpu, saved) in self.idle.iter_mut().zip(&clock.vcpus) {
             let ticks = u128::from(slept) * u128::from(vcpu.tsc_khz()?) / 1_000_000;
-            vcpu.set_clock(VcpuClock { tsc: tsc.wrapping_add(ticks as u64), deadline })?;
+            // The others are as far from the first as they were.
+            let apart = |(was, now): (u64, u64)| Some(saved.offset?.wrapping_sub(was).wrapping_add(now));
+            let (tsc, offset) = (saved.tsc.wrapping_add(ticks as u64), first.and_then(apart));
+            vcpu.set_clock(VcpuClock { tsc, deadline: saved.deadline, offset })?;
+            first = first.or(saved.offset.zip(vcpu.clock()?.offset));
         }
         self.tell_clone(&generation, note);
         Ok(())

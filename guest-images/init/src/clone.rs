@@ -29,8 +29,10 @@ const BUTTON: &CStr = c"/sys/bus/acpi/drivers/tiny-power-button";
 /// How often process 1 asks where there is no button.
 const ASK: Duration = Duration::from_secs(1);
 
-/// A wall clock is right if it is off by no more than this.
+/// A wall clock is right if it is behind by no more than this, in nanoseconds.
 const CLOCK_TOLERANCE: u64 = 1_000_000;
+/// A wall clock that is ahead by this is set back.
+const CLOCK_STEP: u64 = 1_000_000_000;
 
 /// Notices that the machine is another one than before.
 pub struct Clones {
@@ -120,9 +122,12 @@ fn hex(text: &[u8]) -> Result<u8, Errno> {
 fn set_clock(value: &[u8], asked: u64) -> Result<(), Errno> {
     let then: u64 = str::from_utf8(value).ok().and_then(|text| text.parse().ok()).ok_or(Errno::INVAL)?;
     let now = then + sys::monotonic_time().saturating_sub(asked);
-    match sys::wall_clock().abs_diff(now) > CLOCK_TOLERANCE {
-        true => sys::set_wall_clock(now),
-        false => Ok(()),
+    let clock = sys::wall_clock();
+    match clock.saturating_sub(now) {
+        // Programs take it badly when a clock goes backwards, so one that is a little fast runs slower for a while.
+        ahead @ 1..CLOCK_STEP => sys::slow_wall_clock(ahead),
+        _ if clock.abs_diff(now) > CLOCK_TOLERANCE => sys::set_wall_clock(now),
+        _ => Ok(()),
     }
 }
 

@@ -17,6 +17,7 @@ const EXECVE: usize = 59;
 const EXIT_GROUP: usize = 231;
 const KILL: usize = 62;
 const RT_SIGTIMEDWAIT: usize = 128;
+const ADJTIMEX: usize = 159;
 const IOPERM: usize = 173;
 const CLOCK_SETTIME: usize = 227;
 const CLOCK_GETTIME: usize = 228;
@@ -139,6 +140,27 @@ pub fn set_wall_clock(nanos: u64) -> Result<(), Errno> {
     let time = [nanos / NANOS, nanos % NANOS];
     // SAFETY: the kernel reads two words, which live through the call.
     unsafe { syscall(CLOCK_SETTIME, [CLOCK_REALTIME, &raw const time as usize, 0, 0]) }.map(drop)
+}
+
+/// `struct timex` (include/uapi/linux/timex.h), with what is not used of it in `rest`.
+#[repr(C)]
+struct Timex {
+    modes: u32,
+    /// Microseconds, with [`ADJ_OFFSET_SINGLESHOT`].
+    offset: i64,
+    rest: [u64; 24],
+}
+
+const _: () = assert!(size_of::<Timex>() == 208);
+
+const ADJ_OFFSET_SINGLESHOT: u32 = 0x8001;
+
+/// Takes these nanoseconds off the wall clock, half a millisecond in each second.
+pub fn slow_wall_clock(nanos: u64) -> Result<(), Errno> {
+    let offset = -i64::try_from(nanos / 1000).map_err(|_| Errno::INVAL)?;
+    let mut timex = Timex { modes: ADJ_OFFSET_SINGLESHOT, offset, rest: [0; 24] };
+    // SAFETY: the kernel reads and writes one `struct timex`, which lives through the call.
+    unsafe { syscall(ADJTIMEX, [&raw mut timex as usize, 0, 0, 0]) }.map(drop)
 }
 
 /// A request to a device, whose argument is a `T`.

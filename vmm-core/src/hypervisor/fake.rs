@@ -302,7 +302,7 @@ impl Vcpu for FakeVcpu {
     }
 
     fn clock(&self) -> Result<VcpuClock, HvError> {
-        Ok(VcpuClock { tsc: 0, deadline: 0 })
+        Ok(VcpuClock { tsc: 0, deadline: 0, offset: None })
     }
 
     fn set_clock(&mut self, _clock: VcpuClock) -> Result<(), HvError> {

@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::saved::{IrqchipState, VcpuClock, VcpuState};
+use super::tsc;
 use super::{Exit, HvError, HvVm, Hypervisor, Kick, Vcpu, VcpuFailure};
 use crate::memory::GuestRam;
 use crate::x86_64::layout;
@@ -549,11 +550,19 @@ impl Vcpu for KvmVcpu {
 
     fn clock(&self) -> Result<VcpuClock, HvError> {
         let value = |index| self.msr(index).map(Option::unwrap_or_default);
-        Ok(VcpuClock { tsc: value(MSR_IA32_TSC)?, deadline: value(MSR_IA32_TSC_DEADLINE)? })
+        let (tsc, deadline) = (value(MSR_IA32_TSC)?, value(MSR_IA32_TSC_DEADLINE)?);
+        Ok(VcpuClock { tsc, deadline, offset: tsc::offset(&self.fd) })
     }
 
     fn set_clock(&mut self, clock: VcpuClock) -> Result<(), HvError> {
-        self.set_msrs(&[(MSR_IA32_TSC, clock.tsc)])?;
+        match (clock.offset, tsc::offset(&self.fd)) {
+            (Some(offset), _) => tsc::set_offset(&self.fd, offset)?,
+            (None, Some(offset)) => {
+                let now = self.msr(MSR_IA32_TSC)?.unwrap_or_default();
+                tsc::set_offset(&self.fd, offset.wrapping_add(clock.tsc.wrapping_sub(now)))?;
+            }
+            (None, None) => self.set_msrs(&[(MSR_IA32_TSC, clock.tsc)])?,
+        }
         if clock.deadline != 0 {
             self.set_msrs(&[(MSR_IA32_TSC_DEADLINE, clock.deadline)])?;
         }

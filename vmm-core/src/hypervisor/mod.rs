@@ -7,6 +7,7 @@
 pub mod fake;
 pub mod kvm;
 pub mod saved;
+mod tsc;
 
 use std::io;
 use std::sync::Arc;

@@ -74,4 +74,8 @@ pub struct VcpuClock {
     pub tsc: u64,
     /// When the local APIC's timer fires, on that counter; 0 for never.
     pub deadline: u64,
+    /// Of the time stamp counter to the host's, if that is known. Those of all vCPUs together say how far they are apart,
+    /// which the counters do not, as they are read one after the other.
+    #[serde(default)]
+    pub offset: Option<u64>,
 }

@@ -80,7 +80,7 @@ pub fn run(args: &RestoreArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     for change in &args.changes {
         set(&mut config, change)?;
     }
-    snapshot.set_config(config);
+    snapshot.set_config(config)?;
     let builder = Vm::restore(snapshot)
         .memory_mode(args.memory_mode)
         .clock_mode(args.clock)

@@ -96,11 +96,20 @@ pub fn median<T: Ord + Copy>(values: impl IntoIterator<Item = T>) -> Option<T> {
 
 /// The medians of several runs, each of them a list of values in the same order.
 pub fn median_of(runs: &[Vec<f64>]) -> Vec<f64> {
+    quantile_of(runs, 50)
+}
+
+/// As [`median_of`], the values that 95 % of the runs do not exceed.
+pub fn p95_of(runs: &[Vec<f64>]) -> Vec<f64> {
+    quantile_of(runs, 95)
+}
+
+fn quantile_of(runs: &[Vec<f64>], percent: usize) -> Vec<f64> {
     let columns = runs.first().map_or(0, Vec::len);
-    let middle = |column: usize| {
+    let at = |column: usize| {
         let mut values: Vec<f64> = runs.iter().map(|run| run[column]).collect();
         values.sort_by(f64::total_cmp);
-        values[(values.len() - 1) / 2]
+        values[((values.len() * percent).div_ceil(100)).saturating_sub(1)]
     };
-    (0..columns).map(middle).collect()
+    (0..columns).map(at).collect()
 }

@@ -8,16 +8,21 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 
+mod answering;
 mod api;
 mod balloon;
 mod block;
 mod boot;
+mod fork;
 mod load;
 mod machine;
 mod measure;
 mod memory;
 mod net;
 mod qemu;
+mod qemu_file;
+mod restore;
+mod snapshot;
 mod start;
 mod table;
 mod tracepoints;
@@ -49,6 +54,12 @@ enum What {
     Vsock(load::Options),
     /// Memory that a guest frees: how much of it comes back to the host, and when
     Balloon(load::Options),
+    /// Saving a machine: how long it stands still, and size on disk
+    Snapshot(Options),
+    /// Restoring a machine: first exit, first answer and page faults, with a warm and a cold page cache
+    Restore(Options),
+    /// A hundred clones of a machine: time until all answer, and memory of each
+    Fork(Options),
 }
 
 /// How to measure.
@@ -74,6 +85,9 @@ impl Bench {
             What::Net(options) => (net::run(&options)?, options.json),
             What::Vsock(options) => (vsock::run(&options)?, options.json),
             What::Balloon(options) => (balloon::run(&options)?, options.json),
+            What::Snapshot(options) => (snapshot::run(runs(&options)?)?, options.json),
+            What::Restore(options) => (restore::run(runs(&options)?)?, options.json),
+            What::Fork(options) => (fork::run(runs(&options)?)?, options.json),
         };
         println!("{table}");
         if json {

@@ -1,7 +1,7 @@
 //! A machine with a name whose guest answers on a port of its vsock, snapshots of it, and machines that come of those.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use harness::{Api, Kernel, binaries, command, local_kvm, tools_image};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Advice, fadvise};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -62,7 +63,8 @@ impl Parent {
     pub fn save(&self, to: &Path, kind: &str) -> Result<[f64; 2]> {
         let began = Instant::now();
         let body = json!({ "path": to, "kind": kind }).to_string();
-        let answer = Api::at(&self.path(&format!("state/{NAME}/api.sock"))).send("PUT", "/vmm/v1/snapshot", &body)?;
+        let answer =
+            Api::at(&self.path(&format!("state/{NAME}/api.sock"))).send("PUT", "/vmm/v1/snapshot", &body)?;
         ensure!(answer.status == 200, "{answer:?}");
         let paused = answer.json()?["paused_micros"].as_f64().context("paused_micros")?;
         Ok([paused / 1e3, millis(began)])
@@ -70,7 +72,8 @@ impl Parent {
 
     /// Process numbers of all machines but this one.
     pub fn clones(&self) -> Result<Vec<u32>> {
-        let rows: Vec<Value> = serde_json::from_str(&command::output(&mut self.command("ps --format json"))?)?;
+        let rows: Vec<Value> =
+            serde_json::from_str(&command::output(&mut self.command("ps --format json"))?)?;
         let clones = rows.iter().filter(|row| row["name"] != NAME);
         Ok(clones.filter_map(|row| row["pid"].as_u64()).map(|pid| pid as u32).collect())
     }
@@ -91,35 +94,69 @@ pub fn kernel_and_root() -> Result<(String, String)> {
 
 /// A line of shell that fills so many MiB of a guest.
 pub fn fill(mib: u32) -> String {
-    format!("mount -t tmpfs -o size=90% none /tmp; head -c {}M /dev/urandom >/tmp/filled", mib)
+    format!(
+        "mount -t tmpfs -o size=90% none /tmp; dd if=/dev/urandom of=/tmp/filled bs=1M count={mib} 2>/dev/null"
+    )
 }
 
 /// Waits until the guest's program behind this socket has answered once.
+///
+/// Who calls while the guest is told that its connections are gone may be cut off, and is not told. So others call after
+/// a while, and the first answer counts.
 pub fn answered(vsock: &Path) -> Result<()> {
     let end = Instant::now() + DEADLINE;
+    let mut patience = Duration::from_millis(4);
+    let mut callers = Vec::new();
     loop {
-        if let Ok(true) = ask(vsock) {
-            return Ok(());
+        match Caller::call(vsock) {
+            Ok(caller) => callers.push(caller),
+            // It is not there yet.
+            Err(_) => std::thread::sleep(Duration::from_micros(200)),
+        }
+        let next = Instant::now() + if callers.is_empty() { Duration::ZERO } else { patience };
+        while let Some(left) = next.checked_duration_since(Instant::now()) {
+            let mut fds: Vec<_> = callers.iter().map(|it| PollFd::new(&it.stream, PollFlags::IN)).collect();
+            poll(&mut fds, Some(&left.try_into()?))?;
+            for caller in &mut callers {
+                if caller.look()? {
+                    return Ok(());
+                }
+            }
+            callers.retain(|caller| !caller.ended);
+        }
+        if !callers.is_empty() {
+            patience *= 2;
         }
         ensure!(Instant::now() < end, "nobody answers at {}", vsock.display());
-        std::thread::sleep(Duration::from_micros(200));
     }
 }
 
-/// Whether the program gives back what it is sent.
-fn ask(vsock: &Path) -> Result<bool> {
-    let mut stream = UnixStream::connect(vsock)?;
-    stream.set_read_timeout(Some(DEADLINE))?;
-    write!(stream, "CONNECT {PORT}\n")?;
-    let mut stream = BufReader::new(stream);
-    let (mut line, mut echo) = (String::new(), [0]);
-    stream.read_line(&mut line)?;
-    if !line.starts_with("OK") {
-        return Ok(false);
+/// Somebody who wants one byte back from the program in the guest.
+struct Caller {
+    stream: UnixStream,
+    heard: Vec<u8>,
+    ended: bool,
+}
+
+impl Caller {
+    fn call(vsock: &Path) -> Result<Self> {
+        let mut stream = UnixStream::connect(vsock)?;
+        stream.write_all(format!("CONNECT {PORT}\ne!").as_bytes())?;
+        stream.set_nonblocking(true)?;
+        Ok(Self { stream, heard: Vec::new(), ended: false })
     }
-    stream.get_mut().write_all(b"e!")?;
-    stream.read_exact(&mut echo)?;
-    Ok(&echo == b"!")
+
+    /// Whether it has been answered.
+    fn look(&mut self) -> Result<bool> {
+        let mut chunk = [0; 64];
+        match self.stream.read(&mut chunk) {
+            Ok(0) => self.ended = true,
+            Ok(n) => self.heard.extend(&chunk[..n]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(_) => self.ended = true,
+        }
+        Ok(self.heard.starts_with(b"OK ") && self.heard.ends_with(b"\n!"))
+    }
 }
 
 /// Takes the files of a directory out of the page cache, as far as nobody maps them.

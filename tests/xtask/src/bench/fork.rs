@@ -26,7 +26,9 @@ pub fn run(runs: usize) -> Result<Table> {
     }
     let columns = ["command ms", "all answer ms", "p95 ms", "own KiB", "written KiB", "Pss KiB"];
     let mut table = Table::new(
-        format!("fork: {CLONES} clones of a guest of {memory} MiB, of which {filled} MiB are filled; medians of {runs}"),
+        format!(
+            "fork: {CLONES} clones of a guest of {memory} MiB, of which {filled} MiB are filled; medians of {runs}"
+        ),
         columns,
     );
     let (middle, high) = (median_of(&values), p95_of(&values));

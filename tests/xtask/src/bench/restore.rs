@@ -20,7 +20,9 @@ const MODES: [&str; 2] = ["map", "copy"];
 pub fn run(runs: usize) -> Result<Table> {
     let columns = ["first exit ms", "p95 ms", "answer ms", "p95 ms", "minor faults", "major faults"];
     let mut table = Table::new(
-        format!("restore: process start to the guest's first exit, to the first answer; 1 vCPU, medians of {runs}"),
+        format!(
+            "restore: process start to the guest's first exit, to the first answer; 1 vCPU, medians of {runs}"
+        ),
         columns,
     );
     for (memory, filled) in SIZES {
@@ -47,7 +49,9 @@ pub fn run(runs: usize) -> Result<Table> {
                     values.iter_mut().zip(turn).for_each(|(values, turn)| values.push(turn));
                 }
             }
-            for (name, values) in MODES.map(|mode| format!("vmm {mode}")).into_iter().chain(["QEMU".into()]).zip(&values) {
+            for (name, values) in
+                MODES.map(|mode| format!("vmm {mode}")).into_iter().chain(["QEMU".into()]).zip(&values)
+            {
                 let (middle, high) = (median_of(values), p95_of(values));
                 let cache = if cold { "cold" } else { "warm" };
                 table.row(
@@ -58,7 +62,10 @@ pub fn run(runs: usize) -> Result<Table> {
         }
     }
     table.notes.push("first exit: since main, as --timings prints it; answer: since before the process is made; vmm's answers are over vsock, QEMU's on the console, by a shell".into());
-    table.notes.push("cold: the snapshot's files are not in the page cache; faults: of the VMM's process up to the answer".into());
+    table.notes.push(
+        "cold: the snapshot's files are not in the page cache; faults: of the VMM's process up to the answer"
+            .into(),
+    );
     Ok(table)
 }
 
@@ -66,7 +73,8 @@ pub fn run(runs: usize) -> Result<Table> {
 fn ours(parent: &Parent, saved: &Path, mode: &str) -> Result<Vec<f64>> {
     let vsock = parent.path("restored");
     _ = std::fs::remove_file(&vsock);
-    let mut command: Command = parent.command(&format!("restore --timings --serial null --memory-mode {mode} --set"));
+    let mut command: Command =
+        parent.command(&format!("restore --timings --serial null --memory-mode {mode} --set"));
     command.arg(format!("vsock0.path={}", vsock.display())).arg(saved);
     let began = Instant::now();
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn()?;
@@ -76,7 +84,8 @@ fn ours(parent: &Parent, saved: &Path, mode: &str) -> Result<Vec<f64>> {
     let mut said = String::new();
     child.stderr.take().context("standard error is a pipe")?.read_to_string(&mut said)?;
     child.wait()?;
-    let first = said.lines().find_map(|line| line.trim().strip_suffix(" ms  first exit")?.trim().parse().ok());
+    let first =
+        said.lines().find_map(|line| line.trim().strip_suffix(" ms  first exit")?.trim().parse().ok());
     let [minor, major] = faults?;
     Ok(vec![first.with_context(|| format!("no first exit: {said}"))?, answer?, minor, major])
 }

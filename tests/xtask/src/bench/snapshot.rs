@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::answering::{self, NAME, Parent, SIZES};
+use super::answering::{self, Parent, SIZES};
 use super::measure::{median_of, p95_of};
 use super::qemu_file::Migrating;
 use super::table::Table;
@@ -41,10 +41,7 @@ pub fn run(runs: usize) -> Result<Table> {
             table.row(&format!("{memory} MiB  {name}"), &[middle[0], high[0], middle[1], middle[2]]);
         }
     }
-    table.notes.push(format!(
-        "a guest of 128 MiB has 32 MiB of random bytes in a tmpfs, one of 1 GiB has 256 MiB; {NAME} is {}",
-        "asked once between a full snapshot and its diff"
-    ));
+    table.notes.push("a guest of 128 MiB has 32 MiB of random bytes in a tmpfs, one of 1 GiB has 256 MiB; it is asked once between a full snapshot and its diff".into());
     table.notes.push("paused, of QEMU: the downtime that it reports, in whole ms; it writes most of the memory before, while the guest runs".into());
     Ok(table)
 }

@@ -153,9 +153,10 @@ impl Bucket {
         Level { balance: self.balance, burst: self.burst }
     }
 
-    /// Takes over what was in a bucket, as far as this one has room. Nothing flows in while a machine sleeps.
+    /// Takes over what was in a bucket, as far as this one has room, and what was owed, as far as a request can be large.
+    /// Nothing flows in while a machine sleeps.
     fn set_level(&mut self, level: Level) {
-        self.balance = self.balance.min(level.balance);
+        self.balance = self.balance.min(level.balance.max(-i64::from(u32::MAX)));
         self.burst = self.burst.min(level.burst);
     }
 

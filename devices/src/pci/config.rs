@@ -49,6 +49,13 @@ pub struct Bar {
     pub size: u32,
 }
 
+impl Bar {
+    /// What the register says when it is asked for the size.
+    fn mask(self) -> u32 {
+        !(self.size - 1)
+    }
+}
+
 /// The bytes of a configuration space, for a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ConfigBytes(Vec<u8>);
@@ -108,12 +115,16 @@ impl Config {
     /// Takes over what the guest wrote; the rest must be what it was.
     pub fn restore(&mut self, saved: &ConfigBytes) -> Result<(), SnapshotError> {
         let saved: &[u8; SIZE] =
-            saved.0[..].try_into().map_err(|_| SnapshotError::impossible("configuration space"))?;
+            saved.0[..].try_into().map_err(|_| SnapshotError::impossible("PCI configuration space"))?;
         let fixed = |bytes: &[u8; SIZE]| -> Vec<u8> {
             bytes.iter().zip(&self.writable).map(|(byte, mask)| byte & !mask).collect()
         };
         if fixed(saved) != fixed(&self.bytes) {
             return Err(SnapshotError::impossible("PCI function"));
+        }
+        let bar = u32::from_le_bytes(std::array::from_fn(|i| saved[BAR.start + i]));
+        if self.bar.is_some_and(|own| bar != own.addr && bar != own.mask()) {
+            return Err(SnapshotError::impossible("place of a PCI function"));
         }
         self.bytes = *saved;
         Ok(())
@@ -147,7 +158,7 @@ impl Config {
             self.bytes[at] = self.bytes[at] & !mask | new & mask;
         }
         if let Some(bar) = self.bar {
-            let mask = !(bar.size - 1);
+            let mask = bar.mask();
             let asks = u32::from_le_bytes(self.get(BAR.start)) & mask == mask;
             self.set(BAR.start, &if asks { mask } else { bar.addr }.to_le_bytes());
         }

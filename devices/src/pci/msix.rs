@@ -51,6 +51,11 @@ impl Msix {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// Message control, as far as the guest writes it.
+    pub fn control(&self) -> u16 {
+        self.state().control
+    }
+
     /// The state for a snapshot.
     pub fn save(&self) -> MsixState {
         self.state().clone()
@@ -62,6 +67,15 @@ impl Msix {
         SnapshotError::unless_same("MSI-X vectors", saved.table.len(), state.table.len())?;
         if saved.pending.len() != saved.table.len() {
             return Err(SnapshotError::impossible("number of pending bits"));
+        }
+        let open = saved.control & CONTROL_WRITABLE == ENABLE;
+        let is_possible = |(&Entry([low, .., control]), &pending): (&Entry, &bool)| {
+            // What is pending is masked, or it would have been sent.
+            low & 3 == 0 && control & !MASKED == 0 && !(pending && open && control == 0)
+        };
+        if saved.control & !CONTROL_WRITABLE != 0 || !saved.table.iter().zip(&saved.pending).all(is_possible)
+        {
+            return Err(SnapshotError::impossible("MSI-X table"));
         }
         state.clone_from(saved);
         Ok(())

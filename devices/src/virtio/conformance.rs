@@ -17,16 +17,16 @@ const FAILED: u32 = 128;
 const QUEUE_REGISTERS: [u64; 8] = [0x38, 0x44, 0x80, 0x84, 0x90, 0x94, 0xa0, 0xa4];
 
 /// Calls `test` for every device on every transport.
-fn every_kind(test: impl Fn(&Kind, Driver)) {
+pub fn every_kind(test: impl Fn(&Kind, Driver)) {
     TRANSPORTS.into_iter().for_each(|transport| every_kind_on(transport, &test));
 }
 
-fn every_kind_on(transport: Transport, test: impl Fn(&Kind, Driver)) {
+pub fn every_kind_on(transport: Transport, test: impl Fn(&Kind, Driver)) {
     KINDS.iter().for_each(|kind| test(kind, Driver::on(transport, (kind.specimen)())));
 }
 
 /// The device is active and returns what it is given.
-fn assert_works(kind: &Kind, driver: &mut Driver) {
+pub fn assert_works(kind: &Kind, driver: &mut Driver) {
     let (queue, before) = (driver.queue_count() - 1, driver.interrupts());
     let reply = driver.request(queue, &[&[0; 16]], &[64]);
     assert!(reply.used.is_some(), "{} does not answer", kind.name);
@@ -38,7 +38,7 @@ fn assert_works(kind: &Kind, driver: &mut Driver) {
 const PAST: [u64; 4] = [0x14, 0x24, 0x30, 0x60];
 
 /// Everything else that a driver can read.
-fn registers(driver: &Driver) -> Vec<u32> {
+pub fn registers(driver: &Driver) -> Vec<u32> {
     let mut all = Vec::new();
     for queue in 0..driver.queue_count() + 1 {
         driver.set(0x30, queue.into());

@@ -88,7 +88,10 @@ impl Snapshot for MmioTransport {
     }
 
     fn restore(&self, saved: &Saved) -> Result<(), SnapshotError> {
-        self.core.restore(saved, |_| Ok(()))
+        self.core.restore(saved, |transport| match transport {
+            Value::Null => Ok(()),
+            _ => Err(SnapshotError::impossible("state of virtio-mmio; it is of another transport")),
+        })
     }
 }
 

@@ -27,6 +27,8 @@ pub mod test_wire;
 
 #[cfg(test)]
 mod conformance;
+#[cfg(test)]
+mod restore_tests;
 
 /// VIRTIO_F_INDIRECT_DESC, virtio 1.3 §6.
 pub const F_INDIRECT_DESC: u64 = 1 << 28;

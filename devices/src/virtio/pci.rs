@@ -318,10 +318,17 @@ impl Snapshot for PciTransport {
             SnapshotError::unless_same("queues", saved.vectors.len(), vectors.assigned.len())?;
             vectors.msix.restore(&saved.msix)?;
             for (assigned, &vector) in vectors.assigned.iter().zip(&saved.vectors) {
-                assigned.store(if vector < vectors.count { vector } else { NO_VECTOR }, Ordering::SeqCst);
+                assigned.store(vector, Ordering::SeqCst);
+            }
+            if saved.vectors.iter().any(|&vector| vector >= vectors.count && vector != NO_VECTOR) {
+                return Err(SnapshotError::impossible("MSI-X vector"));
             }
             let mut config = self.config();
             config.restore(&saved.config)?;
+            let control = u16::from_le_bytes(config.get(self.msix + 2)) & msix::CONTROL_WRITABLE;
+            if control != vectors.msix.control() {
+                return Err(SnapshotError::impossible("MSI-X message control"));
+            }
             self.decodes.store(config.decodes_memory(), Ordering::SeqCst);
             Ok(())
         })

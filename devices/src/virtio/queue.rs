@@ -192,30 +192,52 @@ impl QueueCore {
 
     /// The state for a snapshot.
     pub fn save(&self) -> QueueState {
-        let is_held = |&index: &u16| self.in_flight[usize::from(index / 64)] & 1 << (index % 64) != 0;
         QueueState {
             next_avail: self.ring.next_avail(),
             next_used: self.ring.next_used(),
             announced: self.announced,
             pushed: self.pushed,
-            in_flight: (0..self.ring.size()).filter(is_held).collect(),
+            in_flight: self.held(),
             fault: self.fault,
         }
     }
 
-    /// Takes over the state of a queue with the same configuration.
+    /// Takes over the state of a queue with the same configuration, but for the heads that the device holds: it takes them
+    /// by [`VirtQueue::hold_again`], and then [`Self::check_held`] looks at them.
     pub fn restore(&mut self, saved: &QueueState) -> Result<(), SnapshotError> {
+        // Each chain that was popped was given back, or the device holds it.
+        let held = saved.next_avail.wrapping_sub(saved.next_used);
+        let adds_up = saved.fault.is_some() || usize::from(held) == saved.in_flight.len();
+        let unused = saved.next_avail == 0 && saved.next_used == 0 && saved.fault.is_none();
+        if !adds_up || !(self.ring.ready() || unused) {
+            return Err(SnapshotError::impossible("position in a queue"));
+        }
         self.ring.set_next_avail(saved.next_avail);
         self.ring.set_next_used(saved.next_used);
         (self.announced, self.pushed, self.fault) = (saved.announced, saved.pushed, saved.fault);
-        for &index in &saved.in_flight {
-            if index >= self.ring.size() {
-                return Err(SnapshotError::impossible("head index"));
-            }
-            let (word, bit) = self.flight_bit(index);
-            *word |= bit;
-        }
         Ok(())
+    }
+
+    /// Fails unless the device has taken back the heads that it held: one that it does not know would never be answered.
+    pub fn check_held(&mut self, saved: &QueueState) -> Result<(), SnapshotError> {
+        if self.fault.is_some() {
+            // Nothing is answered in a broken queue, so the device has let go of them.
+            let size = self.ring.size();
+            for &index in saved.in_flight.iter().filter(|&&index| index < size) {
+                let (word, bit) = self.flight_bit(index);
+                *word |= bit;
+            }
+        }
+        match self.held() == saved.in_flight {
+            true => Ok(()),
+            false => Err(SnapshotError::impossible("set of heads in flight")),
+        }
+    }
+
+    /// Head indices that the device holds, in order.
+    fn held(&self) -> Vec<u16> {
+        let is_held = |&index: &u16| self.in_flight[usize::from(index / 64)] & 1 << (index % 64) != 0;
+        (0..self.ring.size()).filter(is_held).collect()
     }
 
     /// Makes it subject to throttle number `lane` of those that [`Queues::lend_throttled`] is given.
@@ -529,17 +551,18 @@ impl<'a> VirtQueue<'a> {
         self.core.push(self.mem, head, written);
     }
 
-    /// A head that the device held when its snapshot was made, and holds again.
+    /// A head that the device held when its snapshot was made, and holds again. It can be held once.
     pub fn hold_again(&mut self, held: HeldHead) -> Result<Head, SnapshotError> {
         let HeldHead { index, writable } = held;
-        let is_held = index < self.core.ring.size() && {
-            let (word, bit) = self.core.flight_bit(index);
-            *word & bit != 0
-        };
-        match is_held {
-            true => Ok(Head { index, epoch: self.core.epoch, writable }),
-            false => Err(SnapshotError::impossible("head in flight")),
+        if index >= self.core.ring.size() {
+            return Err(SnapshotError::impossible("head index"));
         }
+        let (word, bit) = self.core.flight_bit(index);
+        if *word & bit != 0 {
+            return Err(SnapshotError::impossible("head in flight twice"));
+        }
+        *word |= bit;
+        Ok(Head { index, epoch: self.core.epoch, writable })
     }
 
     /// One operation of so many bytes: to be called once for each request or packet, as soon as its size is known,

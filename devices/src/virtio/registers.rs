@@ -227,23 +227,22 @@ impl Registers {
     /// Takes over a saved state. The device may offer more than it did then, which its driver does not hear of; what the
     /// driver uses must still be there.
     pub fn restore(&mut self, saved: RegistersState) -> Result<(), SnapshotError> {
-        let missing = saved.accepted & !self.offered;
-        if missing != 0 {
-            let [saved, found] = [saved.accepted, self.offered].map(|bits| format!("{bits:#x}"));
-            return Err(SnapshotError::Differs { what: "the feature bits", saved, found });
-        }
         let sizes = |queues: &[QueueConfig]| {
             queues.iter().map(|queue| queue.max_size.to_string()).collect::<Vec<_>>().join(", ")
         };
+        SnapshotError::unless_same("queues", saved.queues.len(), self.queues.len())?;
         SnapshotError::unless_same("queues of the sizes", sizes(&saved.queues), sizes(&self.queues))?;
-        let status =
-            Status::from_bits(saved.status).ok_or_else(|| SnapshotError::impossible("device status"))?;
-        let driven = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK;
-        if saved.accepted & !saved.offered != 0
-            || (status.contains(Status::FEATURES_OK) && saved.accepted & F_VERSION_1 == 0)
-            || (status.contains(Status::DRIVER_OK) && !status.contains(driven))
-        {
-            return Err(SnapshotError::impossible("device status"));
+        let status = Status::from_bits(saved.status).filter(|status| is_possible(*status));
+        let status = status.ok_or_else(|| SnapshotError::impossible("device status"))?;
+        if status.contains(Status::FEATURES_OK) {
+            if saved.accepted & !saved.offered != 0 || saved.accepted & F_VERSION_1 == 0 {
+                return Err(SnapshotError::impossible("set of features"));
+            }
+            // What a driver says before that is not checked yet, and the device will refuse it.
+            if saved.accepted & !self.offered != 0 {
+                let [saved, found] = [saved.accepted, self.offered].map(|bits| format!("{bits:#x}"));
+                return Err(SnapshotError::Differs { what: "the feature bits", saved, found });
+            }
         }
         self.offered &= saved.offered;
         (self.accepted, self.status, self.queues) = (saved.accepted, status, saved.queues);
@@ -251,10 +250,27 @@ impl Registers {
         Ok(())
     }
 
+    /// Whether the driver has started the device, and it could be started.
+    pub fn is_active(&self) -> bool {
+        self.status.contains(Status::DRIVER_OK) && !self.status.contains(Status::DEVICE_NEEDS_RESET)
+    }
+
     fn reset(&mut self) {
         let sizes: Vec<u16> = self.queues.iter().map(|queue| queue.max_size).collect();
         *self = Self::new(self.offered, &sizes);
     }
+}
+
+/// Whether [`Registers::write_status`] and [`Registers::activation_failed`] can lead to this status: each step needs the one
+/// before it.
+fn is_possible(status: Status) -> bool {
+    let steps = [
+        (Status::DRIVER, Status::ACKNOWLEDGE),
+        (Status::FEATURES_OK, Status::DRIVER),
+        (Status::DRIVER_OK, Status::FEATURES_OK),
+        (Status::DEVICE_NEEDS_RESET, Status::DRIVER_OK),
+    ];
+    steps.into_iter().all(|(step, before)| !status.contains(step) || status.contains(before))
 }
 
 fn half(bits: u64, sel: u32) -> u32 {

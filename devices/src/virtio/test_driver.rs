@@ -17,7 +17,7 @@ use crate::GuestMemory;
 use crate::model::{
     ActivateError, BusDevice, Counters, DeviceHost, Identity, Progress, UpdateError, VirtioDevice,
 };
-use crate::snapshot::SnapshotError;
+use crate::snapshot::{Saved, Snapshot, SnapshotError};
 use crate::throttle::Limits;
 
 /// The two regions of guest memory, with a hole between them.
@@ -196,8 +196,53 @@ impl Driver {
         Self::build(Kind::chosen(), device, limits)
     }
 
-    fn build(kind: Kind, device: Box<dyn VirtioDevice>, limits: &[Limits]) -> Self {
-        let (mem, interrupts) = (memory(), Arc::<Interrupts>::default());
+    /// A driver of `device` on this transport, with these limits for its lanes.
+    pub fn build(kind: Kind, device: Box<dyn VirtioDevice>, limits: &[Limits]) -> Self {
+        let driver = Self::connect(kind, device, limits, memory());
+        driver.transport.enable();
+        driver
+    }
+
+    /// The state of the device and its transport, for a snapshot.
+    pub fn save(&self) -> Result<Saved, SnapshotError> {
+        self.transport.save()
+    }
+
+    /// The same driver in front of a fresh `device` on a fresh transport over the same memory, after both have taken over
+    /// `saved`. What waits goes on, as after the first resume.
+    pub fn restored(
+        &self,
+        device: Box<dyn VirtioDevice>,
+        limits: &[Limits],
+        saved: &Saved,
+    ) -> Result<Self, SnapshotError> {
+        let mut driver = self.restored_asleep(device, limits, saved)?;
+        driver.wake();
+        Ok(driver)
+    }
+
+    /// As [`Self::restored`], before the machine goes on.
+    pub fn restored_asleep(
+        &self,
+        device: Box<dyn VirtioDevice>,
+        limits: &[Limits],
+        saved: &Saved,
+    ) -> Result<Self, SnapshotError> {
+        let driver = Self::connect(self.transport.kind(), device, limits, self.mem.clone());
+        driver.transport.restore(saved)?;
+        let (queues, next_data) = (self.queues.clone(), self.next_data);
+        Ok(Self { queues, next_data, ..driver })
+    }
+
+    /// What a machine's runner does for a device at the first resume.
+    pub fn wake(&mut self) {
+        self.host.unit().announce();
+        (0..self.queue_count()).for_each(|queue| self.host.kick(queue));
+        self.host_events();
+    }
+
+    fn connect(kind: Kind, device: Box<dyn VirtioDevice>, limits: &[Limits], mem: GuestMemory) -> Self {
+        let interrupts = Arc::<Interrupts>::default();
         let signals = Signals::new(kind, device.queue_sizes().len(), interrupts.clone());
         let queues = vec![[0; 3]; device.queue_sizes().len()];
         let counters = device.counters();
@@ -206,7 +251,6 @@ impl Driver {
         let host = Arc::new(Host(Mutex::new(unit)));
         let max = identity.queue_sizes.clone();
         let transport = signals.connect(identity, host.clone());
-        transport.enable();
         Self { mem, transport, counters, host, interrupts, queues, max, next_data: DATA }
     }
 

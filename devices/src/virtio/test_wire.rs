@@ -7,6 +7,7 @@ use super::mmio::{MmioNotifier, MmioTransport};
 use super::pci::{NOTIFY, NOTIFY_STEP, PciNotifier, PciTransport, SIZE};
 use crate::model::{BusDevice, DeviceHost, Identity, IrqLine, MsiSender, Notifier};
 use crate::pci::root::{Ecam, Root};
+use crate::snapshot::{Saved, Snapshot, SnapshotError};
 
 /// A transport.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,6 +133,22 @@ impl BusDevice for Wire {
             Self::Mmio(transport) => transport.write(offset, data),
             Self::Pci { transport, .. } if offset < CONFIG => transport.write(offset, data),
             Self::Pci { ecam, .. } => ecam.write(offset, data),
+        }
+    }
+}
+
+impl Snapshot for Wire {
+    fn save(&self) -> Result<Saved, SnapshotError> {
+        match self {
+            Self::Mmio(transport) => transport.save(),
+            Self::Pci { transport, .. } => transport.save(),
+        }
+    }
+
+    fn restore(&self, saved: &Saved) -> Result<(), SnapshotError> {
+        match self {
+            Self::Mmio(transport) => transport.restore(saved),
+            Self::Pci { transport, .. } => transport.restore(saved),
         }
     }
 }

@@ -157,11 +157,18 @@ impl<S: Signal> Core<S> {
     ) -> Result<(), SnapshotError> {
         let saved: DeviceState = saved.get()?;
         SnapshotError::unless_same("a device of the type", saved.device_id, self.device_id)?;
+        let unknown = saved.interrupt_status & !(INTERRUPT_USED | INTERRUPT_CONFIG) != 0;
+        if unknown || (saved.unit.is_broken() && !saved.needs_reset) {
+            return Err(SnapshotError::impossible("interrupt status"));
+        }
         transport(saved.transport)?;
         self.interrupts.status.store(saved.interrupt_status, Ordering::SeqCst);
         self.interrupts.needs_reset.store(saved.needs_reset, Ordering::SeqCst);
         let mut registers = self.registers();
         registers.restore(saved.registers)?;
+        if registers.is_active() != saved.unit.is_active() {
+            return Err(SnapshotError::impossible("device status"));
+        }
         self.host.restore(&saved.unit, registers.features(), registers.queues())
     }
 

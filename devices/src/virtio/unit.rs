@@ -59,6 +59,18 @@ pub struct UnitState {
     device: Value,
 }
 
+impl UnitState {
+    /// Whether the driver has started the device.
+    pub fn is_active(&self) -> bool {
+        self.queues.is_some()
+    }
+
+    /// Whether the driver was told that it broke a queue.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+}
+
 impl Unit {
     /// A device that is not active, with these limits for its lanes.
     pub fn new(
@@ -150,15 +162,21 @@ impl Unit {
         self.config.compare(&saved.config, |saved, now| self.device.check_config(saved, now))?;
         let told = self.config.generation();
         let differs = self.config.restore(&saved.config);
-        let Some(states) = &saved.queues else { return Ok(()) };
+        let Some(states) = &saved.queues else {
+            return if saved.broken { Err(SnapshotError::impossible("broken device")) } else { Ok(()) };
+        };
         if states.len() != queues.len() {
             return Err(SnapshotError::impossible("number of queues"));
         }
         self.activate(features, queues).map_err(|error| SnapshotError::Malformed(error.to_string()))?;
         self.cores.iter_mut().zip(states).try_for_each(|(core, state)| core.restore(state))?;
         self.broken = saved.broken;
+        if self.broken && self.cores.iter().all(|core| core.fault().is_none()) {
+            return Err(SnapshotError::impossible("broken device"));
+        }
         let (device, mut queues) = self.lend();
         device.restore(&mut queues, saved.device.clone())?;
+        self.cores.iter_mut().zip(states).try_for_each(|(core, state)| core.check_held(state))?;
         if differs {
             // The driver hears of it in the first turn.
             self.generation = told;

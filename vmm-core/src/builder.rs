@@ -16,7 +16,7 @@ use devices::log_file::{self, LogFileError};
 use devices::model::{Identity, MachineEvent, MachineEvents, MachineShape, OpenError, VirtioDevice};
 use devices::pci::Function;
 use devices::pci::root::{self, Ecam, Ports, Root};
-use devices::snapshot;
+use devices::snapshot::{self, SnapshotError};
 use devices::virtio::mmio::{self, MmioNotifier, MmioTransport};
 use devices::virtio::pci::{self, PciNotifier, PciTransport};
 use kvm_bindings::CpuId;
@@ -28,7 +28,7 @@ use crate::console::{self, ConsoleFile, ConsoleInput, ConsolePort, OutputControl
 use crate::event::{Journal, What};
 use crate::exits::ExitLog;
 use crate::hypervisor::kvm::KvmHypervisor;
-use crate::hypervisor::saved::{ClockState, VcpuState};
+use crate::hypervisor::saved::{ClockState, IrqchipState, VcpuState};
 use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
 use crate::machine::{Asleep, Inbox, Machine, MachineState, Milestone, PciAccess, Tracking};
 use crate::memory::{GuestRam, HugePages, RamError};
@@ -308,7 +308,7 @@ impl VmBuilder {
             Origin::Snapshot(snapshot, state) => {
                 units.iter().try_for_each(|(_, unit)| unit.set_paused(true))?;
                 Some(Asleep {
-                    clock: parts.restore(&snapshot.sections, state)?,
+                    clock: parts.restore(&config, &snapshot.sections, state)?,
                     generation: random().map_err(BuildError::Random)?,
                     note: self
                         .persona
@@ -453,7 +453,7 @@ fn open_serial_file(config: &SerialConfig) -> Result<Option<(ConsoleFile, &Path)
 
 /// The vCPUs of a snapshot.
 fn saved_vcpus(config: &VmConfig, saved: &Sections) -> Result<Vec<VcpuState>, BuildError> {
-    (0..config.cpus).map(|id| saved.state(&format!("vcpu{id}")).map_err(BuildError::State)).collect()
+    (0..config.cpus).map(|id| saved.whole_state(&format!("vcpu{id}")).map_err(BuildError::State)).collect()
 }
 
 /// Fails if this host lacks a feature of the processor that the guest of a snapshot has seen.
@@ -664,14 +664,41 @@ impl Parts {
     }
 
     /// Everything else as it was. Returns the clocks, which are set when the machine goes on.
-    fn restore(&self, saved: &Sections, machine: &MachineState) -> Result<ClockState, BuildError> {
+    fn restore(
+        &self,
+        config: &VmConfig,
+        saved: &Sections,
+        machine: &MachineState,
+    ) -> Result<ClockState, BuildError> {
+        // A part that is missing here would go on as new, and the guest knows it as it was.
+        let cpus = config.cpus;
+        let known = |name: &str| {
+            ["clock", "machine", "irqchip"].contains(&name)
+                || (0..cpus).any(|id| name == format!("vcpu{id}"))
+                || self.saved.iter().any(|(part, _)| part == name)
+        };
+        if let Some(unknown) = saved.iter().find(|section| !known(&section.name)) {
+            return Err(BuildError::State(SectionError::Unknown { name: unknown.name.clone() }));
+        }
         self.inbox.restore(machine.exit_status);
-        self.vm.restore_irqchip(&saved.state("irqchip").map_err(BuildError::State)?)?;
+        let irqchip: IrqchipState = saved.whole_state("irqchip").map_err(BuildError::State)?;
+        if irqchip.pit.is_some() != machine.pit {
+            let wrong = SnapshotError::impossible("set of timers");
+            return Err(BuildError::State(SectionError::of("irqchip")(wrong)));
+        }
+        self.vm.restore_irqchip(&irqchip)?;
         for (name, part) in &self.saved {
             let restore = || part.restore(saved.get(name)?).map_err(SectionError::of(name));
             restore().map_err(BuildError::State)?;
         }
-        saved.state("clock").map_err(BuildError::State)
+        let clock: ClockState = saved.state("clock").map_err(BuildError::State)?;
+        match clock.vcpus.len() == usize::from(cpus) {
+            true => Ok(clock),
+            false => {
+                let wrong = SnapshotError::impossible("number of clocks");
+                Err(BuildError::State(SectionError::of("clock")(wrong)))
+            }
+        }
     }
 
     /// Begins to log what is written, if the configuration says so.

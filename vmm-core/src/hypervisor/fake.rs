@@ -158,8 +158,8 @@ impl HvVm for FakeVm {
         Ok(())
     }
 
-    fn save_irqchip(&self, _pit: bool) -> Result<IrqchipState, HvError> {
-        Ok(IrqchipState { chips: Vec::new(), pit: None })
+    fn save_irqchip(&self, pit: bool) -> Result<IrqchipState, HvError> {
+        Ok(IrqchipState { chips: Vec::new(), pit: pit.then(Default::default) })
     }
 
     fn restore_irqchip(&self, _saved: &IrqchipState) -> Result<(), HvError> {

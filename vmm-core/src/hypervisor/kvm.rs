@@ -222,6 +222,9 @@ impl HvVm for KvmVm {
     }
 
     fn restore_irqchip(&self, saved: &IrqchipState) -> Result<(), HvError> {
+        if !saved.chips.iter().map(|chip| chip.chip_id).eq(IRQCHIPS) {
+            return Err(HvError::call("KVM_SET_IRQCHIP", libc::EINVAL));
+        }
         saved
             .chips
             .iter()
@@ -247,6 +250,9 @@ impl HvVm for KvmVm {
         self.fd.get_dirty_log(slot, len as usize).map_err(failed("KVM_GET_DIRTY_LOG"))
     }
 }
+
+/// More model specific registers than any processor has to save: KVM lists some hundreds.
+const MAX_MSRS: usize = 4096;
 
 /// The interrupt controllers in the kernel.
 const IRQCHIPS: [u32; 3] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC];
@@ -409,6 +415,9 @@ impl KvmVcpu {
 
     /// Sets registers. One that cannot be set is no error if it has its value already.
     fn restore_msrs(&mut self, msrs: &[(u32, u64)]) -> Result<(), HvError> {
+        if msrs.len() > MAX_MSRS {
+            return Err(HvError::call("KVM_SET_MSRS", libc::E2BIG));
+        }
         let mut left = msrs;
         while !left.is_empty() {
             let batch = &left[..left.len().min(KVM_MAX_MSR_ENTRIES)];
@@ -433,6 +442,10 @@ impl KvmVcpu {
     fn set_frequency(&mut self, khz: u32) -> Result<(), HvError> {
         let now = self.tsc_khz()?;
         let difference = u64::from(now.abs_diff(khz)) * 1_000_000;
+        // KVM takes 0 for its own.
+        if khz == 0 {
+            return Err(HvError::Frequency { saved: khz, found: now });
+        }
         if difference > TSC_TOLERANCE * u64::from(khz) {
             self.fd.set_tsc_khz(khz).map_err(|_| HvError::Frequency { saved: khz, found: now })?;
         }

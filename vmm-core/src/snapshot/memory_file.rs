@@ -134,14 +134,27 @@ pub enum MemoryFileError {
 /// Opens a memory file, which must have so many bytes.
 fn open(path: &Path, bytes: u64) -> Result<Arc<File>, MemoryFileError> {
     let error = |source| MemoryFileError::Io { path: path.display().to_string(), source };
-    let file = File::open(path).map_err(error)?;
-    let found = file.metadata().map_err(error)?;
-    // A pipe would block, a directory cannot be read.
-    if !found.is_file() || found.len() != bytes {
+    let file = super::open_file(path).map_err(error)?;
+    let found = file.metadata().map_err(error)?.len();
+    if found != bytes {
         let path = path.display().to_string();
-        return Err(MemoryFileError::Size { path, found: found.len(), said: bytes });
+        return Err(MemoryFileError::Size { path, found, said: bytes });
     }
     Ok(Arc::new(file))
+}
+
+/// Fails unless these are runs of pages of a memory of so many bytes, from the lowest up.
+pub fn check_pages(pages: &[Run], memory: u64) -> Result<(), MemoryFileError> {
+    let mut end = 0;
+    for &(offset, bytes) in pages {
+        let aligned = offset.is_multiple_of(PAGE) && bytes.is_multiple_of(PAGE) && bytes > 0;
+        let next = offset.checked_add(bytes).filter(|&next| next <= memory);
+        match next {
+            Some(next) if aligned && offset >= end => end = next,
+            _ => return Err(MemoryFileError::Pages),
+        }
+    }
+    Ok(())
 }
 
 impl MemoryImage {
@@ -152,15 +165,7 @@ impl MemoryImage {
 
     /// Puts the pages of a diff's file over what is there.
     pub fn add_diff(&mut self, path: &Path, pages: &[Run]) -> Result<(), MemoryFileError> {
-        let mut end = 0;
-        for &(offset, bytes) in pages {
-            let aligned = offset.is_multiple_of(PAGE) && bytes.is_multiple_of(PAGE) && bytes > 0;
-            let next = offset.checked_add(bytes).filter(|&next| next <= self.bytes);
-            match next {
-                Some(next) if aligned && offset >= end => end = next,
-                _ => return Err(MemoryFileError::Pages),
-            }
-        }
+        check_pages(pages, self.bytes)?;
         self.over.push((open(path, self.bytes)?, pages.to_vec()));
         Ok(())
     }

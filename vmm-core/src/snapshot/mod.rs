@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use devices::registry::DeviceConfig;
-use rustix::fs::{CWD, RenameFlags, renameat_with};
+use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, flock, renameat_with};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, VmConfig};
@@ -127,6 +127,9 @@ pub enum SnapshotFailed {
         /// The diff.
         diff: PathBuf,
     },
+    /// Diffs over diffs without end.
+    #[error("the diff '{path}' lies over more than {MAX_CHAIN} others, or over itself; make a full snapshot", path = .0.display())]
+    Chain(PathBuf),
     /// Its configuration is not possible.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -231,6 +234,7 @@ fn read_manifest(path: &Path) -> Result<Manifest, SnapshotFailed> {
     let manifest: Manifest =
         serde_json::from_slice(&bytes).map_err(|error| bad(format!("{MANIFEST}: {error}")))?;
     let config = &manifest.config;
+    config.validate().map_err(|error| bad(format!("{MANIFEST}: {error}")))?;
     let ranges = ranges(config.memory.0);
     if manifest.memory.bytes != config.memory.0 || manifest.memory.ranges != ranges {
         return Err(bad("its memory map is not that of its machine".into()));
@@ -268,8 +272,13 @@ fn open_memory(path: &Path, manifest: &Manifest) -> Result<MemoryImage, Snapshot
     let (mut path, mut diff) = (path.to_owned(), manifest.memory.diff.clone());
     while let Some(this) = diff {
         let parent = path.join(&this.path);
+        if above.len() == MAX_CHAIN {
+            return Err(SnapshotFailed::Chain(above.swap_remove(0).0));
+        }
+        // Before the next one is read, so that no chain takes more memory than its longest list.
+        memory_file::check_pages(&this.pages, bytes)?;
         let below = read_manifest(&parent)?;
-        if below.id != this.parent || below.memory.bytes != bytes || above.len() == MAX_CHAIN {
+        if below.id != this.parent || below.memory.bytes != bytes {
             return Err(SnapshotFailed::WrongBase { path: parent, diff: path });
         }
         above.push((path, this));
@@ -282,10 +291,20 @@ fn open_memory(path: &Path, manifest: &Manifest) -> Result<MemoryImage, Snapshot
     Ok(image)
 }
 
+/// Opens a file of a snapshot to read it. A pipe, which would wait for a writer, is none.
+fn open_file(path: &Path) -> io::Result<File> {
+    let flags = OFlags::NONBLOCK.bits() as i32;
+    let file = File::options().read(true).custom_flags(flags).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("it is no regular file")),
+    }
+}
+
 /// Reads a file that has at most `limit` bytes.
 fn read_at_most(path: &Path, limit: u64) -> Result<Vec<u8>, SnapshotFailed> {
     let error = SnapshotFailed::io("read", path);
-    let file = File::open(path).map_err(&error)?;
+    let file = open_file(path).map_err(&error)?;
     let mut bytes = Vec::new();
     file.take(limit + 1).read_to_end(&mut bytes).map_err(&error)?;
     match bytes.len() as u64 > limit {
@@ -317,6 +336,8 @@ pub(crate) struct Draft {
     place: PathBuf,
     dir: PathBuf,
     memory: File,
+    /// Locked, which says that somebody is at work on it.
+    _lock: File,
 }
 
 impl Draft {
@@ -326,15 +347,19 @@ impl Draft {
         if is_taken(&place) {
             return Err(SnapshotFailed::Taken(place));
         }
-        let mut name = std::ffi::OsString::from(".");
-        name.push(place.file_name().ok_or_else(|| SnapshotFailed::Taken(place.clone()))?);
-        name.push(format!(".{:08x}", random::<4>().map_or(0, u32::from_le_bytes)));
-        let dir = place.with_file_name(name);
+        let name = place.file_name().ok_or_else(|| SnapshotFailed::Taken(place.clone()))?;
+        let name = format!(".{}.", name.display());
+        remove_left(&place, &name);
+        let dir = place.with_file_name(format!("{name}{:08x}", random::<4>().map_or(0, u32::from_le_bytes)));
         fs::DirBuilder::new().mode(0o700).create(&dir).map_err(SnapshotFailed::io("make", &dir))?;
-        // From here on, a drop removes it.
         let path = dir.join(MEMORY);
-        match create(&path) {
-            Ok(memory) => Ok(Self { place, dir, memory }),
+        let files = || {
+            let lock = File::open(&dir)?;
+            flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
+            Ok((lock, create(&path)?))
+        };
+        match files() {
+            Ok((lock, memory)) => Ok(Self { place, dir, memory, _lock: lock }),
             Err(error) => {
                 _ = fs::remove_dir_all(&dir);
                 Err(SnapshotFailed::io("make", &path)(error))
@@ -433,6 +458,26 @@ impl Drop for Draft {
     }
 }
 
+/// Removes what snapshots to `place` have left that were killed: directories with such a beginning of their names and eight
+/// digits behind it that nobody has locked.
+fn remove_left(place: &Path, beginning: &str) {
+    let Some(Ok(entries)) = place.parent().map(fs::read_dir) else { return };
+    let is_left = |entry: &fs::DirEntry| {
+        let name = entry.file_name();
+        let digits = name.to_str().and_then(|name| name.strip_prefix(beginning)).unwrap_or_default();
+        digits.len() == 8
+            && digits.bytes().all(|digit| digit.is_ascii_hexdigit())
+            && entry.file_type().is_ok_and(|kind| kind.is_dir())
+    };
+    for entry in entries.flatten().filter(is_left) {
+        let free = File::open(entry.path())
+            .is_ok_and(|dir| flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok());
+        if free {
+            _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
 /// Whether something is at `place` that is neither a snapshot nor an empty directory.
 fn is_taken(place: &Path) -> bool {
     match fs::read_dir(place) {
@@ -456,3 +501,6 @@ pub(crate) fn random<const N: usize>() -> io::Result<[u8; N]> {
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests;

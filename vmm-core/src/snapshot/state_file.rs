@@ -4,6 +4,7 @@
 //! (u16), length of the data (u32), name, data, and the CRC-32 of all of these. The data is CBOR. A section named
 //! `END`, without data, is the last: a file that is cut off lacks it.
 
+use ciborium::Value;
 use devices::snapshot::{Saved, SnapshotError};
 
 /// First bytes of the file.
@@ -55,6 +56,17 @@ impl Sections {
         self.get(name)?.get().map_err(SectionError::of(name))
     }
 
+    /// As [`Self::state`], for one whose byte strings are structures of the hypervisor: none may be shorter or longer than its
+    /// structure, which a reader would fill up or cut.
+    pub fn whole_state<S: devices::snapshot::State>(&self, name: &str) -> Result<S, SectionError> {
+        let (saved, state) = (self.get(name)?, self.state(name)?);
+        let again = Saved::of(&state).map_err(SectionError::of(name))?;
+        match same_lengths(&saved.value, &again.value) {
+            true => Ok(state),
+            false => Err(SectionError::of(name)(SnapshotError::impossible("length of a structure"))),
+        }
+    }
+
     /// The file's bytes.
     pub fn to_bytes(&self) -> Result<Vec<u8>, SectionError> {
         let mut bytes = [&MAGIC[..], &FORMAT.to_le_bytes()].concat();
@@ -96,6 +108,22 @@ impl Sections {
             }
             sections.push(name, Saved { version, value });
         }
+    }
+}
+
+/// Whether every byte string of `read` is as long in `saved`.
+fn same_lengths(saved: &Value, read: &Value) -> bool {
+    match (saved, read) {
+        (Value::Bytes(saved), Value::Bytes(read)) => saved.len() == read.len(),
+        (_, Value::Bytes(_)) => false,
+        (Value::Array(saved), Value::Array(read)) => {
+            saved.iter().zip(read).all(|(saved, read)| same_lengths(saved, read))
+        }
+        (Value::Map(saved), Value::Map(read)) => saved.iter().all(|(key, saved)| {
+            let read = read.iter().find(|(other, _)| other == key);
+            read.is_none_or(|(_, read)| same_lengths(saved, read))
+        }),
+        _ => true,
     }
 }
 
@@ -164,6 +192,12 @@ pub enum SectionError {
         /// The section's name.
         name: String,
     },
+    /// A section that no part of the machine reads.
+    #[error("it has a section '{name}', and this machine has no such part")]
+    Unknown {
+        /// The section's name.
+        name: String,
+    },
     /// The state in a section is of no use.
     #[error("its section '{name}': {source}")]
     State {
@@ -184,7 +218,6 @@ impl SectionError {
 
 #[cfg(test)]
 mod tests {
-    use ciborium::Value;
     use proptest::prelude::*;
 
     use super::*;
@@ -227,6 +260,32 @@ mod tests {
             put(&mut bytes, "a", 1, data);
             put(&mut bytes, END, 0, &[]);
             assert!(matches!(Sections::from_bytes(&bytes), Err(SectionError::State { .. })));
+        }
+    }
+
+    #[test]
+    fn a_structure_is_as_long_as_it_is() {
+        use crate::hypervisor::saved::IrqchipState;
+        let state = IrqchipState { chips: vec![Default::default()], pit: Some(Default::default()) };
+        let saved = Saved::of(&state).unwrap();
+        let read = |saved: Saved| {
+            let mut sections = Sections::default();
+            sections.push("irqchip", saved);
+            sections.whole_state::<IrqchipState>("irqchip").map(|_| ())
+        };
+        assert_eq!(read(saved.clone()), Ok(()));
+        let changes: [fn(&mut Vec<u8>); 3] = [Vec::clear, |bytes| bytes.push(0), |bytes| _ = bytes.pop()];
+        for change in changes {
+            for part in ["chips", "pit"] {
+                let mut saved = saved.clone();
+                let Value::Map(entries) = &mut saved.value else { panic!("it is a map") };
+                let (_, value) = entries.iter_mut().find(|(key, _)| key.as_text() == Some(part)).unwrap();
+                match value {
+                    Value::Array(chips) => change(chips[0].as_bytes_mut().unwrap()),
+                    pit => change(pit.as_bytes_mut().unwrap()),
+                }
+                assert!(matches!(read(saved), Err(SectionError::State { .. })), "{part}");
+            }
         }
     }
 

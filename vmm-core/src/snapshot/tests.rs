@@ -1,0 +1,183 @@
+//! Directories that look like snapshots and are none, and what killed snapshots leave.
+
+use std::os::unix::fs::symlink;
+
+use rustix::fs::{FileType, Mode, mknodat};
+use serde_json::{Value, json};
+
+use super::*;
+
+const BYTES: u64 = 128 << 20;
+
+/// A snapshot of a machine without devices, with no part in its state.
+fn make(dir: &Path) {
+    let state = Sections::default().to_bytes().unwrap();
+    let config: VmConfig =
+        serde_json::from_value(json!({ "kernel": "vmlinux", "memory": BYTES, "devices": [] })).unwrap();
+    let manifest = Manifest {
+        format: manifest::FORMAT,
+        id: "00".into(),
+        made_by: "a test".into(),
+        made_at: 0,
+        devices: Vec::new(),
+        memory: MemoryMap { bytes: BYTES, ranges: ranges(BYTES), crc32: 0, diff: None },
+        config,
+        state_bytes: state.len() as u64,
+        state_crc32: crc32fast::hash(&state),
+    };
+    fs::create_dir_all(dir).unwrap();
+    fs::write(dir.join(MANIFEST), serde_json::to_vec(&manifest).unwrap()).unwrap();
+    fs::write(dir.join(STATE), state).unwrap();
+    File::create(dir.join(MEMORY)).unwrap().set_len(BYTES).unwrap();
+}
+
+/// Changes the manifest in `dir`.
+fn edit(dir: &Path, change: impl FnOnce(&mut Value)) {
+    let file = dir.join(MANIFEST);
+    let mut value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
+    change(&mut value);
+    fs::write(file, serde_json::to_vec(&value).unwrap()).unwrap();
+}
+
+/// What is said about the snapshot, which is refused.
+fn refused(dir: &Path) -> String {
+    let said = Snapshot::open(dir).map(|_| ()).unwrap_err().to_string();
+    assert!(said.len() < 600 && !said.contains('\n'), "one sentence: {said}");
+    said
+}
+
+#[test]
+fn pipes_directories_links_and_nothing_in_place_of_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path().join("s");
+    for name in [MANIFEST, STATE, MEMORY] {
+        make(&dir);
+        Snapshot::open(&dir).unwrap();
+        let file = dir.join(name);
+        fs::remove_file(&file).unwrap();
+        refused(&dir);
+        mknodat(CWD, &file, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        assert!(refused(&dir).contains("no regular file"), "{name}");
+        fs::remove_file(&file).unwrap();
+        fs::create_dir(&file).unwrap();
+        refused(&dir);
+        fs::remove_dir(&file).unwrap();
+        for target in [name, "/dev/zero", "missing"] {
+            symlink(target, &file).unwrap();
+            refused(&dir);
+            fs::remove_file(&file).unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_memory_file_of_another_length_and_a_changed_state_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    make(dir);
+    let memory = File::options().write(true).open(dir.join(MEMORY)).unwrap();
+    for bytes in [0, 1, BYTES - 1, BYTES + 1, 2 * BYTES] {
+        memory.set_len(bytes).unwrap();
+        assert!(refused(dir).contains("bytes"), "{bytes}");
+    }
+    make(dir);
+    for state in [&b""[..], b"vmmstate", &[0; 100]] {
+        fs::write(dir.join(STATE), state).unwrap();
+        refused(dir);
+    }
+}
+
+#[test]
+fn manifests_of_any_content_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    make(dir);
+    let good = fs::read(dir.join(MANIFEST)).unwrap();
+    for len in (0..good.len()).step_by(7) {
+        fs::write(dir.join(MANIFEST), &good[..len]).unwrap();
+        refused(dir);
+    }
+    for bytes in [&[0xff; 100][..], &[b'['; 100_000], b"null", b"{}", b"{\"format\": 1e400}"] {
+        fs::write(dir.join(MANIFEST), bytes).unwrap();
+        refused(dir);
+    }
+    let changes: [fn(&mut Value); 12] = [
+        |m| m["format"] = json!(2),
+        |m| m["format"] = json!(-1),
+        |m| m["more"] = json!(1),
+        |m| m["config"]["memory"] = json!(u64::MAX),
+        |m| m["config"]["memory"] = json!(0),
+        |m| m["config"]["cpus"] = json!(0),
+        |m| m["config"]["cpus"] = json!(255),
+        |m| m["config"]["devices"] = json!(vec![json!({ "kind": "rng" }); 5000]),
+        |m| m["memory"]["ranges"] = json!([]),
+        |m| m["memory"]["ranges"][0]["bytes"] = json!(u64::MAX),
+        |m| m["state_bytes"] = json!(u64::MAX),
+        |m| m["devices"] = json!([{ "name": "a", "kind": "rng", "address": 0 }]),
+    ];
+    for change in changes {
+        fs::write(dir.join(MANIFEST), &good).unwrap();
+        edit(dir, change);
+        refused(dir);
+    }
+}
+
+#[test]
+fn chains_that_loop_break_or_have_absurd_pages_are_refused() {
+    let top = tempfile::tempdir().unwrap();
+    let [base, diff] = ["base", "diff"].map(|name| top.path().join(name));
+    make(&base);
+    make(&diff);
+    let set = |diff: &Path, parent: &str, path: &str, pages: Value| {
+        edit(diff, |m| m["memory"]["diff"] = json!({ "parent": parent, "path": path, "pages": pages }));
+    };
+    set(&diff, "00", "../base", json!([[0, 4096]]));
+    Snapshot::open(&diff).unwrap();
+    set(&diff, "01", "../base", json!([]));
+    assert!(refused(&diff).contains("is not the snapshot"));
+    for path in ["", ".", "../diff", "../diff/../diff"] {
+        set(&diff, "00", path, json!([]));
+        assert!(refused(&diff).contains("over itself"), "{path}");
+    }
+    for path in ["../none", "/", "/etc/passwd", "base\0"] {
+        set(&diff, "00", path, json!([]));
+        refused(&diff);
+    }
+    for pages in [
+        json!([[1, 4096]]),
+        json!([[0, 0]]),
+        json!([[0, 4095]]),
+        json!([[BYTES, 4096]]),
+        json!([[u64::MAX - 4095, 4096]]),
+        json!([[4096, 4096], [0, 4096]]),
+        json!([[0, 8192], [4096, 4096]]),
+        json!(vec![[0, 4096]; 100_000]),
+    ] {
+        set(&diff, "00", "../base", pages);
+        assert!(refused(&diff).contains("pages"));
+    }
+}
+
+#[test]
+fn what_a_killed_snapshot_left_goes_with_the_next_one_and_nothing_else_does() {
+    let top = tempfile::tempdir().unwrap();
+    let place = top.path().join("s");
+    let names = |top: &Path| {
+        let names = fs::read_dir(top).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        names
+    };
+    fs::create_dir(top.path().join(".s.0123abcd")).unwrap();
+    fs::write(top.path().join(".s.0123abcd").join(MEMORY), [1]).unwrap();
+    let others = [".s.0123abc", ".s.0123abcdx", ".s.wwwwwwww", ".t.0123abcd", "s.0123abcd"];
+    others.iter().for_each(|other| fs::create_dir(top.path().join(other)).unwrap());
+    let first = Draft::begin(&place).unwrap();
+    let second = Draft::begin(&place).unwrap();
+    assert!(first.dir.is_dir() && second.dir.is_dir(), "one at work stays");
+    assert_eq!(names(top.path()).len(), others.len() + 2);
+    drop((first, second));
+    let mut left = others.map(String::from);
+    left.sort();
+    assert_eq!(names(top.path()), left);
+}

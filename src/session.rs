@@ -105,6 +105,8 @@ pub struct Manner {
     pub console: Console,
     /// Nothing is said but errors.
     pub quiet: bool,
+    /// What comes from a snapshot waits until somebody lets it go on.
+    pub stays_paused: bool,
 }
 
 /// Where a guest's console is.
@@ -131,7 +133,7 @@ impl Console {
 /// Starts `vm`, or lets it go on, and runs it to its end, with the terminal as it was afterwards. `started` is called once the guest runs.
 pub fn run(
     vm: &Arc<Vm>,
-    Manner { console, quiet }: Manner,
+    Manner { console, quiet, stays_paused }: Manner,
     signals: &SignalThread,
     started: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<Ended> {
@@ -143,6 +145,7 @@ pub fn run(
     let terminal = if stdio { Terminal::take() } else { None };
     let runs = match vm.state() {
         // It comes from a snapshot.
+        VmState::Paused if stays_paused => Ok(()),
         VmState::Paused => vm.resume(),
         _ => vm.start(),
     };

@@ -190,12 +190,6 @@ fn what_is_wrong_is_refused_with_a_sentence_and_changes_nothing() -> Result<()> 
             r#"{"vcpu_count":1,"mem_size_mib":16,"cpu_template":"T2"}"#,
             "cpu_template",
         ),
-        (
-            "PUT",
-            "/machine-config",
-            r#"{"vcpu_count":1,"mem_size_mib":16,"track_dirty_pages":true}"#,
-            "track_dirty",
-        ),
         ("PUT", "/machine-config", "", "JSON body"),
         ("PUT", "/machine-config", "{", "EOF"),
         ("PUT", "/machine-config", &large, "larger than 51200 bytes"),
@@ -268,7 +262,12 @@ fn what_is_not_there_yet_and_metadata_that_cannot_be_are_refused_by_name() -> Re
     // Short enough for a request, and longer when it is written as it was understood.
     let data = format!(r#"{{"a":[1e5{}]}}"#, ",1e5".repeat(12_000));
     for (method, path, body, want) in [
-        ("PUT", "/snapshot/create", "{}", "PUT /snapshot/create: snapshots are not supported yet."),
+        (
+            "PUT",
+            "/snapshot/load",
+            r#"{"snapshot_path":"disk","mem_backend":{"backend_type":"Uffd","backend_path":"u"}}"#,
+            "Uffd is not supported yet",
+        ),
         ("PUT", "/cpu-config", "{}", "custom processor templates are not supported yet"),
         ("PATCH", "/hotplug/memory", "{}", "plugging in memory while the machine runs is not supported yet"),
         ("PATCH", "/balloon/hinting/start", "{}", "free page hinting is not supported yet"),

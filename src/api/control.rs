@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tokio::sync::watch;
 use vmm_core::config::Transport;
 use vmm_core::devices::registry::Patch;
-use vmm_core::{Vm, VmConfig, VmState};
+use vmm_core::{Vm, VmBuilder, VmState};
 
 use super::firecracker::types::{FullConfiguration, Logger, MmdsContents};
 use super::http::{MAX_BODY, Refusal};
@@ -19,7 +19,9 @@ pub enum Order {
     /// To build a machine, start it and run it to its end.
     Launch {
         /// The machine.
-        config: VmConfig,
+        builder: Box<VmBuilder>,
+        /// It waits, paused, for somebody to let it go on; only what comes from a snapshot can.
+        stays_paused: bool,
         /// Takes the running machine, or a sentence.
         reply: Sender<Result<Arc<Vm>, String>>,
     },
@@ -75,9 +77,10 @@ impl Control {
     /// Controls a machine that is there already.
     pub fn of(name: &str, vm: Arc<Vm>, logging: Arc<Logging>) -> Self {
         let config = vm.config();
-        let (configuration, transport) = (FullConfiguration::of(&config), config.transport);
+        let (configuration, transport) =
+            (FullConfiguration::of(&config).called(vm.aliases()), config.transport);
         let launched = watch::Sender::new(Some(vm.clone()));
-        let (metadata, started) = (MmdsContents::of(&config), Started::with_its_own_names(vm));
+        let (metadata, started) = (MmdsContents::of(&config), Started::of(vm));
         let state = Mutex::new(State { configuration, metadata, started: Some(started) });
         // Not used: what it takes is done before the start.
         let (orders, _) = std::sync::mpsc::channel();
@@ -154,14 +157,46 @@ impl Control {
         let contents = state.metadata.as_ref().unwrap_or(&nothing);
         let machine = state.configuration.machine(self.transport, contents).map_err(Refusal)?;
         let names = machine.config.device_names();
+        let aliases = names.into_iter().zip(machine.ids).filter_map(|(name, id)| Some((name, id?)));
+        self.launch(&mut state, Vm::builder(machine.config).aliases(aliases.collect()), false)?;
+        Ok(())
+    }
+
+    /// Builds the machine that was saved, which `machine` makes with the metadata that is there, in place of a start.
+    /// `resume`: it goes on at once.
+    pub fn restore(
+        &self,
+        resume: bool,
+        machine: impl FnOnce(Option<&MmdsContents>) -> Result<VmBuilder, Refusal>,
+    ) -> Result<(), Refusal> {
+        let mut state = self.lock();
+        if state.started.is_some() {
+            return Err(not_after_start());
+        }
+        if state.configuration.has_machine() {
+            return Err(
+                "A snapshot has all of its machine; load it before anything else is configured.".into()
+            );
+        }
+        let builder = machine(state.metadata.as_ref())?;
+        let vm = self.launch(&mut state, builder, !resume)?;
+        let config = vm.config();
+        let FullConfiguration { logger, metrics, .. } = state.configuration.clone();
+        let configuration = FullConfiguration::of(&config).called(vm.aliases());
+        state.configuration = FullConfiguration { logger, metrics, ..configuration };
+        state.metadata = MmdsContents::of(&config).or(state.metadata.take());
+        Ok(())
+    }
+
+    fn launch(&self, state: &mut State, builder: VmBuilder, stays_paused: bool) -> Result<Arc<Vm>, Refusal> {
         let (reply, answer) = mpsc::channel();
         let ended = |_| Refusal("The program is ending.".into());
-        self.orders.send(Order::Launch { config: machine.config, reply }).map_err(|_| ended(()))?;
+        let order = Order::Launch { builder: builder.into(), stays_paused, reply };
+        self.orders.send(order).map_err(|_| ended(()))?;
         let vm = answer.recv().map_err(|_| ended(()))?.map_err(Refusal)?;
-        let devices = machine.ids.into_iter().zip(names).filter_map(|(id, name)| Some((id?, name)));
-        state.started = Some(Started { vm: vm.clone(), devices: devices.collect() });
-        self.launched.send_replace(Some(vm));
-        Ok(())
+        state.started = Some(Started::of(vm.clone()));
+        self.launched.send_replace(Some(vm.clone()));
+        Ok(vm)
     }
 
     /// Starts a machine of this configuration; if that fails, the program ends.
@@ -245,9 +280,10 @@ fn not_after_start() -> Refusal {
 }
 
 impl Started {
-    /// A machine whose devices have in the API the names that they have in the machine.
-    fn with_its_own_names(vm: Arc<Vm>) -> Self {
-        let devices = vm.devices().iter().map(|device| (device.name.clone(), device.name.clone())).collect();
+    /// A machine whose devices have in the API the names that whoever has built it gave them, or their own.
+    fn of(vm: Arc<Vm>) -> Self {
+        let alias = |name: &String| vm.aliases().get(name).unwrap_or(name).clone();
+        let devices = vm.devices().iter().map(|device| (alias(&device.name), device.name.clone())).collect();
         Self { vm, devices }
     }
 }

@@ -9,7 +9,6 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use clap::{ArgAction, Args, Parser};
 use tracing_subscriber::filter::Targets;
-use vmm_core::Vm;
 use vmm_core::config::Transport;
 use vmm_core::console::WhenFull;
 use vmm_core::devices::virtio::net::mmds::Metadata;
@@ -252,13 +251,12 @@ fn run_machine(
 ) -> anyhow::Result<ExitStatus> {
     loop {
         // The API keeps the other end.
-        let (config, reply) = match orders.recv()? {
-            Order::Launch { config, reply } => (config, reply),
+        let (builder, stays_paused, reply) = match orders.recv()? {
+            Order::Launch { builder, stays_paused, reply } => (builder, stays_paused, reply),
             Order::End(sentence) => return Err(anyhow!(sentence)),
         };
-        let console = Console::of(&config.serial);
-        let built =
-            Vm::builder(config).name(name).process_start(start).console_when_full(WhenFull::Wait).build();
+        let console = Console::of(&builder.config().serial);
+        let built = builder.name(name).process_start(start).console_when_full(WhenFull::Wait).build();
         let vm = match built {
             Ok(vm) => Arc::new(vm),
             Err(error) => {
@@ -275,7 +273,7 @@ fn run_machine(
                 Ok(())
             }
         };
-        match session::run(&vm, Manner { console, quiet: true }, signals, started) {
+        match session::run(&vm, Manner { console, quiet: true, stays_paused }, signals, started) {
             Ok(ended) => return host::status(&ended, None),
             Err(error) => _ = reply.send(Err(super::sentence(&error))),
         }

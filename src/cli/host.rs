@@ -113,7 +113,8 @@ impl HostArgs {
         // The machine has descriptors of its own.
         drop(kept);
         let console = named.as_ref().and_then(|named| named.console.clone());
-        let manner = Manner { console: console.unwrap_or(own_console), quiet: self.quiet };
+        let manner =
+            Manner { console: console.unwrap_or(own_console), quiet: self.quiet, stays_paused: false };
         let mut server = None;
         let started = || {
             let serve = |socket: &Socket| {

@@ -1,5 +1,6 @@
 //! From a configuration to a machine.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -126,6 +127,7 @@ pub struct VmBuilder {
     clock_mode: ClockMode,
     other_processor: bool,
     persona: Persona,
+    aliases: BTreeMap<String, String>,
 }
 
 impl VmBuilder {
@@ -142,12 +144,13 @@ impl VmBuilder {
             clock_mode: ClockMode::default(),
             other_processor: false,
             persona: Persona::default(),
+            aliases: BTreeMap::new(),
         }
     }
 
     pub(crate) fn of_snapshot(snapshot: Snapshot) -> Self {
-        let config = snapshot.config().clone();
-        Self { snapshot: Some(snapshot), ..Self::new(config) }
+        let (config, aliases) = (snapshot.config().clone(), snapshot.manifest().aliases.clone());
+        Self { snapshot: Some(snapshot), aliases, ..Self::new(config) }
     }
 
     /// What is going to be built.
@@ -177,6 +180,12 @@ impl VmBuilder {
     /// What a machine that comes from a snapshot is to be, and its parent is not.
     pub fn persona(mut self, persona: Persona) -> Self {
         self.persona = persona;
+        self
+    }
+
+    /// By what the program calls devices, by their names. Snapshots keep it, and it means nothing else.
+    pub fn aliases(mut self, aliases: BTreeMap<String, String>) -> Self {
+        self.aliases = aliases;
         self
     }
 
@@ -344,7 +353,7 @@ impl VmBuilder {
             clock_mode: self.clock_mode,
             tracking,
         };
-        Vm::run(config, machine, console, inbox, messages).map_err(BuildError::Thread)
+        Vm::run((config, self.aliases), machine, console, inbox, messages).map_err(BuildError::Thread)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The handle to a virtual machine, and the control thread behind it that owns its state.
 
-use std::fs::File;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -19,8 +19,10 @@ use crate::exits::{ExitCount, ExitLog};
 use crate::hypervisor::HvError;
 use crate::machine::{Inbox, Machine, Milestones, Reported, Tracking, Usage};
 use crate::runner::{RunnerError, UnitHandle, UpdateFailed};
-use crate::snapshot::memory_file;
-use crate::snapshot::{Base, Captured, Draft, Snapshot, SnapshotFailed, SnapshotKind, SnapshotReport};
+use crate::snapshot::memory_file::{self, Which};
+use crate::snapshot::{
+    Base, Captured, Draft, MemoryTarget, Place, Snapshot, SnapshotFailed, SnapshotKind, SnapshotReport,
+};
 use crate::spans;
 use crate::state::{IllegalTransition, StopReason, VmState};
 use crate::vcpu::VcpuEnd;
@@ -104,7 +106,7 @@ pub(crate) enum Message {
     Usage(Sender<Usage>),
     /// Save the machine's state, and its memory to this file.
     Capture {
-        memory: File,
+        memory: MemoryTarget,
         kind: SnapshotKind,
         reply: Sender<Result<Captured, VmError>>,
     },
@@ -127,6 +129,7 @@ struct Shared {
     state: Mutex<VmState>,
     changed: Condvar,
     config: Mutex<VmConfig>,
+    aliases: BTreeMap<String, String>,
     journal: Arc<Journal>,
 }
 
@@ -205,7 +208,7 @@ impl Vm {
     }
 
     pub(crate) fn run(
-        config: VmConfig,
+        (config, aliases): (VmConfig, BTreeMap<String, String>),
         machine: Machine,
         console: ConsoleReader,
         inbox: Arc<Inbox>,
@@ -222,6 +225,7 @@ impl Vm {
             state: Mutex::new(state.clone()),
             changed: Condvar::new(),
             config: Mutex::new(config),
+            aliases,
             journal: machine.journal.clone(),
         });
         shared.journal.record(What::State(state));
@@ -347,8 +351,23 @@ impl Vm {
     /// # }
     /// ```
     pub fn snapshot(&self, to: &Path, kind: SnapshotKind) -> Result<SnapshotReport, VmError> {
+        self.snapshot_at(&Place::Dir(to.into()), kind)
+    }
+
+    /// As [`Self::snapshot`], to two files, for [`Snapshot::open_files`]: the state, in which the manifest is, and the memory.
+    /// Files that are there are replaced.
+    pub fn snapshot_to_files(
+        &self,
+        state: &Path,
+        memory: &Path,
+        kind: SnapshotKind,
+    ) -> Result<SnapshotReport, VmError> {
+        self.snapshot_at(&Place::Files { state: state.into(), memory: memory.into() }, kind)
+    }
+
+    fn snapshot_at(&self, place: &Place, kind: SnapshotKind) -> Result<SnapshotReport, VmError> {
         let _one_at_a_time = self.snapshots.lock().unwrap_or_else(|e| e.into_inner());
-        let draft = Draft::begin(to)?;
+        let draft = Draft::begin(place)?;
         let memory = draft.memory().map_err(VmError::Snapshot)?;
         let (reply, answer) = mpsc::channel();
         self.control.send(Message::Capture { memory, kind, reply }).map_err(|_| VmError::Gone)?;
@@ -362,6 +381,11 @@ impl Vm {
     /// The machine's configuration, with what [`Self::update`] changed.
     pub fn config(&self) -> VmConfig {
         self.shared.config().clone()
+    }
+
+    /// By what the program calls devices, by their names: what [`VmBuilder::aliases`] or the snapshot says.
+    pub fn aliases(&self) -> &BTreeMap<String, String> {
+        &self.shared.aliases
     }
 
     /// The machine's virtio devices.
@@ -553,7 +577,7 @@ impl Control {
         Ok(())
     }
 
-    fn capture(&mut self, memory: &File, kind: SnapshotKind) -> Result<Captured, VmError> {
+    fn capture(&mut self, memory: &MemoryTarget, kind: SnapshotKind) -> Result<Captured, VmError> {
         let machine = self.machine.as_mut().ok_or(VmError::Gone)?;
         let config = self.shared.config().clone();
         let running = match &*self.shared.lock() {
@@ -569,13 +593,14 @@ impl Control {
         if running {
             machine.resume()?;
         }
-        Ok(Captured { paused: start.elapsed(), ..captured? })
+        let aliases = self.shared.aliases.clone();
+        Ok(Captured { paused: start.elapsed(), aliases, ..captured? })
     }
 
     /// Saves a machine that stands still.
     fn save(
         machine: &mut Machine,
-        memory: &File,
+        memory: &MemoryTarget,
         kind: SnapshotKind,
         config: VmConfig,
         exit_status: Option<u8>,
@@ -595,10 +620,14 @@ impl Control {
                 return Err(SnapshotFailed::NoBase { remedy }.into());
             }
         };
-        let only = diff.as_ref().map(|(_, pages)| pages);
-        let written = memory_file::write(&machine.ram, only, memory)
+        let which = match &diff {
+            None => Which::All,
+            Some((_, pages)) if memory.exactly => Which::Exactly(pages),
+            Some((_, pages)) => Which::Only(pages),
+        };
+        let written = memory_file::write(&machine.ram, which, &memory.file)
             .map_err(|source| SnapshotFailed::Io { action: "write", path: "memory".into(), source })?;
-        Ok(Captured { sections, written, config, paused: Duration::ZERO, diff })
+        Ok(Captured { sections, written, config, aliases: BTreeMap::new(), paused: Duration::ZERO, diff })
     }
 
     /// The pages that were dirty when the machine was captured are in the snapshot `base`.

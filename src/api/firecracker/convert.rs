@@ -12,6 +12,7 @@ use vmm_core::devices::virtio::net::mmds::{Metadata, Version};
 use vmm_core::devices::virtio::{balloon, block, net, pmem, rng, vsock};
 use vmm_core::memory::HugePages;
 
+use super::Aliases;
 use super::types::{
     Balloon, BootSource, CacheType, Drive, Entropy, FullConfiguration, HugePages as FirecrackerPages,
     IoEngine, MachineConfiguration, MmdsConfig, MmdsContents, MmdsVersion, NetworkInterface, Pmem,
@@ -79,16 +80,32 @@ impl FullConfiguration {
             transport,
             cpus: machine.vcpu_count,
             memory: mebibytes(machine.mem_size_mib)?,
-            hugepages: match machine.huge_pages {
-                FirecrackerPages::None => HugePages::No,
-                FirecrackerPages::Transparent => HugePages::Transparent,
-                FirecrackerPages::TwoMib => HugePages::Reserved,
-            },
+            hugepages: machine.huge_pages.backing(),
+            track_dirty: machine.track_dirty_pages,
             serial: console.map_or(SerialConfig::Stdio, SerialConfig::File),
             devices,
             ..VmConfig::default()
         };
         Ok(Machine { config, ids })
+    }
+}
+
+impl FirecrackerPages {
+    /// As the machine has it.
+    pub fn backing(self) -> HugePages {
+        match self {
+            Self::None => HugePages::No,
+            Self::Transparent => HugePages::Transparent,
+            Self::TwoMib => HugePages::Reserved,
+        }
+    }
+
+    fn of(pages: HugePages) -> Self {
+        match pages {
+            HugePages::No => Self::None,
+            HugePages::Transparent => Self::Transparent,
+            HugePages::Reserved => Self::TwoMib,
+        }
     }
 }
 
@@ -210,6 +227,15 @@ impl MmdsContents {
         named.filter_map(|(device, name)| Some((name, patch(metadata_of(device)?)))).collect()
     }
 
+    /// Puts these contents wherever this machine has metadata.
+    pub fn give_to(&self, config: &mut VmConfig) {
+        for device in &mut config.devices {
+            if let DeviceConfig::Net(net::Config { metadata: Some(metadata), .. }) = device {
+                metadata.data.clone_from(&self.0);
+            }
+        }
+    }
+
     /// Changes these contents as RFC 7396 has it: what is null goes, objects are merged, and all else is replaced.
     pub fn merge(&mut self, patch: Self) {
         merge(&mut self.0, patch.0);
@@ -323,6 +349,8 @@ impl FullConfiguration {
             machine_config: MachineConfiguration {
                 vcpu_count: config.cpus,
                 mem_size_mib: config.memory.0 >> 20,
+                track_dirty_pages: config.track_dirty,
+                huge_pages: FirecrackerPages::of(config.hugepages),
                 ..MachineConfiguration::default()
             },
             serial: match &config.serial {
@@ -357,6 +385,26 @@ impl FullConfiguration {
 }
 
 impl FullConfiguration {
+    /// The same with other names for devices, which were those of the machine.
+    pub fn called(mut self, aliases: &Aliases) -> Self {
+        let drives = self.drives.iter_mut().map(|drive| &mut drive.drive_id);
+        let interfaces = self.network_interfaces.iter_mut().map(|interface| &mut interface.iface_id);
+        let memories = self.pmem.iter_mut().map(|memory| &mut memory.id);
+        let with_metadata = self.mmds_config.iter_mut().flat_map(|mmds| &mut mmds.network_interfaces);
+        for name in drives.chain(interfaces).chain(memories).chain(with_metadata) {
+            if let Some(alias) = aliases.get(name) {
+                name.clone_from(alias);
+            }
+        }
+        self
+    }
+
+    /// Whether something of a machine is in it, and not only what the program itself does.
+    pub fn has_machine(&self) -> bool {
+        let without = Self { logger: None, metrics: None, ..self.clone() };
+        without != Self::default()
+    }
+
     /// Takes over what can change while the machine runs. `now`: the machine in these words, by the names of its devices;
     /// `names`: these, by what the API calls the devices.
     pub fn take_over(&mut self, now: &Self, names: &HashMap<String, String>) {

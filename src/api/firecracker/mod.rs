@@ -1,8 +1,10 @@
 //! Firecracker's API: its paths, bodies, answers, and what may be done before and after the start.
 
 pub mod convert;
+mod snapshot;
 pub mod types;
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -24,6 +26,9 @@ use types::{
 
 /// The version of Firecracker whose API this is.
 pub const VERSION: &str = "1.12.0";
+
+/// By what the API calls devices, by their names in the machine.
+pub type Aliases = BTreeMap<String, String>;
 
 type Done = Result<(), Refusal>;
 type Answer<T> = Result<Json<T>, Refusal>;
@@ -74,6 +79,8 @@ pub fn calls(calls: Calls<Control>) -> Calls<Control> {
         .call(Put, "/logger", "Sets where log lines go, before the start", put_logger)
         .call(Put, "/metrics", "Sets where metrics go, before the start", put_metrics)
         .call(Put, "/actions", "Does something", put_actions)
+        .call(Put, "/snapshot/create", "Saves the paused machine in two files", snapshot::create)
+        .call(Put, "/snapshot/load", "Makes the machine that was saved, in place of a start", snapshot::load)
         .call(Patch, "/vm", "Pauses the machine, or lets it go on", patch_vm)
 }
 
@@ -81,7 +88,6 @@ pub fn calls(calls: Calls<Control>) -> Calls<Control> {
 pub fn missing(method: &str, path: &str) -> Option<&'static str> {
     let first = path.split('/').nth(1)?;
     Some(match (method, first) {
-        (_, "snapshot") => "snapshots are",
         (_, "cpu-config") => "custom processor templates are",
         (_, "hotplug") => "plugging in memory while the machine runs is",
         (_, "balloon") if path.starts_with("/balloon/hinting/") => "free page hinting is",
@@ -135,9 +141,6 @@ fn set_machine_config(
         let new = change(&configuration.machine_config);
         if new.cpu_template.is_some_and(|template| template != CpuTemplate::None) {
             return Err("cpu_template is not supported; guests see the host's processor.".into());
-        }
-        if new.track_dirty_pages {
-            return Err("track_dirty_pages is not supported yet.".into());
         }
         let memory = convert::mebibytes(new.mem_size_mib).map_err(Refusal)?;
         // Whether such a machine can be, but for its kernel.

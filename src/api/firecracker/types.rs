@@ -67,7 +67,7 @@ pub struct MachineConfiguration {
     /// Only `None`: guests see the host's processor.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
-    /// For snapshots of what has changed; not there yet.
+    /// What is written to RAM is tracked, for diff snapshots.
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// Pages that the guest's memory is made of.
@@ -101,7 +101,7 @@ pub struct MachineConfigurationUpdate {
     pub smt: Option<bool>,
     /// Only `None`.
     pub cpu_template: Option<CpuTemplate>,
-    /// For snapshots of what has changed; not there yet.
+    /// What is written to RAM is tracked, for diff snapshots.
     pub track_dirty_pages: Option<bool>,
     /// Pages that the guest's memory is made of.
     pub huge_pages: Option<HugePages>,

@@ -1,5 +1,6 @@
 //! The manifest: what a snapshot is, for people and programs, and what its files must be.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -24,13 +25,16 @@ pub struct Manifest {
     pub made_at: u64,
     /// The machine. A restored one is built from it.
     pub config: VmConfig,
+    /// By what the program that made the machine calls its devices, by their names.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub aliases: BTreeMap<String, String>,
     /// Where its devices are in the guest's address space.
     pub devices: Vec<DevicePlace>,
     /// The memory file.
     pub memory: MemoryMap,
-    /// Bytes of the state file.
+    /// Bytes of the state file, as it is in a directory.
     pub state_bytes: u64,
-    /// CRC-32 of the state file.
+    /// CRC-32 of these.
     pub state_crc32: u32,
 }
 
@@ -79,8 +83,12 @@ pub struct MemoryRange {
 pub struct Diff {
     /// [`Manifest::id`] of the snapshot before it.
     pub parent: String,
-    /// Its directory, relative to this snapshot's if it does not begin with `/`.
+    /// Its directory, or its state file if it is two files. What does not begin with `/` is relative to this snapshot's
+    /// directory, which is that of the state file if it is two files.
     pub path: PathBuf,
+    /// Its memory file, if it is two files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<PathBuf>,
     /// Pages that are in the memory file, from the lowest up.
     pub pages: Vec<Run>,
 }

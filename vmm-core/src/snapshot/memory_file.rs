@@ -6,11 +6,11 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{OFlags, SeekFrom, seek};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use serde::{Deserialize, Serialize};
@@ -61,6 +61,16 @@ impl Pages {
     /// Adds all pages of a range.
     pub fn add_range(&mut self, offset: u64, bytes: u64) {
         (offset..offset.saturating_add(bytes)).step_by(PAGE as usize).for_each(|page| self.add(page));
+    }
+
+    /// Takes all pages of a range out.
+    pub fn remove_range(&mut self, offset: u64, bytes: u64) {
+        for page in (offset..offset.saturating_add(bytes)).step_by(PAGE as usize).map(|offset| offset / PAGE)
+        {
+            if let Some(word) = self.bits.get_mut((page / 64) as usize) {
+                *word &= !(1 << (page % 64));
+            }
+        }
     }
 
     /// Whether the page at `offset` is in it.
@@ -134,7 +144,7 @@ pub enum MemoryFileError {
 /// Opens a memory file, which must have so many bytes.
 fn open(path: &Path, bytes: u64) -> Result<Arc<File>, MemoryFileError> {
     let error = |source| MemoryFileError::Io { path: path.display().to_string(), source };
-    let file = super::open_file(path).map_err(error)?;
+    let file = super::place::open_file(path).map_err(error)?;
     let found = file.metadata().map_err(error)?.len();
     if found != bytes {
         let path = path.display().to_string();
@@ -155,6 +165,31 @@ pub fn check_pages(pages: &[Run], memory: u64) -> Result<(), MemoryFileError> {
         }
     }
     Ok(())
+}
+
+/// Whether the memory file at `path` has anything but zeroes outside of these pages: then it is no diff's file.
+pub fn has_more_than(path: &Path, bytes: u64, pages: &[Run]) -> Result<bool, MemoryFileError> {
+    check_pages(pages, bytes)?;
+    let file = open(path, bytes)?;
+    let mut outside = Pages::none(bytes);
+    let mut look = || -> io::Result<bool> {
+        for (start, end) in data_ranges(&file, bytes)? {
+            outside.add_range(start, end - start);
+        }
+        pages.iter().for_each(|&(offset, len)| outside.remove_range(offset, len));
+        let mut buffer = vec![0; MAX_WRITE as usize];
+        for (offset, len) in outside.runs(0, bytes) {
+            for at in (0..len).step_by(MAX_WRITE as usize) {
+                let part = &mut buffer[..(len - at).min(MAX_WRITE) as usize];
+                file.read_exact_at(part, offset + at)?;
+                if !part.chunks_exact(PAGE as usize).all(is_zero) {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    };
+    look().map_err(|source| MemoryFileError::Io { path: path.display().to_string(), source })
 }
 
 impl MemoryImage {
@@ -299,18 +334,28 @@ impl Written {
     }
 }
 
-/// Writes guest memory to an empty file: all of it, or the pages of `only`. Pages of zeroes become holes. Nothing may
-/// write the memory meanwhile.
-pub fn write(ram: &GuestRam, only: Option<&Pages>, file: &File) -> io::Result<Written> {
+/// Which pages of guest memory are written to a file.
+#[derive(Clone, Copy, Debug)]
+pub enum Which<'a> {
+    /// Those that are not zero.
+    All,
+    /// These, if they are not zero.
+    Only(&'a Pages),
+    /// These, so that the file itself says which they are.
+    Exactly(&'a Pages),
+}
+
+/// Writes guest memory to an empty file. What is not written is a hole. Nothing may write the memory meanwhile.
+pub fn write(ram: &GuestRam, which: Which<'_>, file: &File) -> io::Result<Written> {
     file.set_len(ram.size())?;
     let mut written = Written::default();
     let mut start = 0;
     for region in ram.regions() {
         let end = start + region.len;
         let candidates;
-        let pages = match only {
-            Some(pages) => pages,
-            None => {
+        let pages = match which {
+            Which::Only(pages) | Which::Exactly(pages) => pages,
+            Which::All => {
                 candidates = touched(ram, region, start)?;
                 &candidates
             }
@@ -321,20 +366,20 @@ pub fn write(ram: &GuestRam, only: Option<&Pages>, file: &File) -> io::Result<Wr
                 let host = region.host_addr + (offset - start);
                 std::slice::from_raw_parts(host as *const u8, bytes as usize)
             };
-            write_run(memory, offset, file, &mut written)?;
+            write_run(memory, offset, matches!(which, Which::Exactly(_)), file, &mut written)?;
         }
         start = end;
     }
     Ok(written)
 }
 
-/// Writes the pages of `memory` that are not zero to `file` at `offset`.
-fn write_run(memory: &[u8], offset: u64, file: &File, written: &mut Written) -> io::Result<()> {
+/// Writes the pages of `memory` to `file` at `offset`: with `zeroes` all of them.
+fn write_run(memory: &[u8], offset: u64, zeroes: bool, file: &File, written: &mut Written) -> io::Result<()> {
     let page = PAGE as usize;
     let mut at = 0;
     while at < memory.len() {
         let limit = memory.len().min(at + MAX_WRITE as usize);
-        let zero = |at: usize| is_zero(&memory[at..at + page]);
+        let zero = |at: usize| !zeroes && is_zero(&memory[at..at + page]);
         let Some(first) = (at..limit).step_by(page).find(|&at| !zero(at)) else {
             at = limit;
             continue;
@@ -411,14 +456,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("memory");
         let file = File::create_new(&path).unwrap();
-        let written = write(&ram, None, &file).unwrap();
+        let written = write(&ram, Which::All, &file).unwrap();
         assert_eq!(written.runs, [(0x3000, 2 * PAGE), (SIZE - PAGE, PAGE)], "zeroes are holes");
         let image = Arc::new(MemoryImage::open(&path, SIZE).unwrap());
         for mode in [MemoryMode::Map, MemoryMode::Copy] {
             let again = GuestRam::new(SIZE, Backing::default(), Some((image.clone(), mode))).unwrap();
             again.memory().write_slice(&[1], GuestAddress(0x40_0000)).unwrap();
             let second = tempfile::tempfile().unwrap();
-            write(&again, None, &second).unwrap();
+            write(&again, Which::All, &second).unwrap();
             let mut want = read(&File::open(&path).unwrap());
             want[0x40_0000] = 1;
             assert!(read(&second) == want, "{mode:?}");
@@ -432,27 +477,33 @@ mod tests {
         let (base, diff) = (dir.path().join("base"), dir.path().join("diff"));
         let ram = GuestRam::new(SIZE, Backing::default(), None).unwrap();
         ram.memory().write_slice(&[7; 0x4000], GuestAddress(0)).unwrap();
-        write(&ram, None, &File::create_new(&base).unwrap()).unwrap();
+        write(&ram, Which::All, &File::create_new(&base).unwrap()).unwrap();
         ram.memory().write_slice(&[0; 0x1000], GuestAddress(0x1000)).unwrap();
         ram.memory().write_slice(&[8; 0x1000], GuestAddress(0x20_0000)).unwrap();
         let mut pages = Pages::none(SIZE);
         pages.add(0x1000);
         pages.add_range(0x20_0000, 0x1000);
-        write(&ram, Some(&pages), &File::create_new(&diff).unwrap()).unwrap();
+        write(&ram, Which::Only(&pages), &File::create_new(&diff).unwrap()).unwrap();
         let mut image = MemoryImage::open(&base, SIZE).unwrap();
         let runs: Vec<_> = pages.runs(0, SIZE).collect();
+        let alone = tempfile::tempfile().unwrap();
+        write(&ram, Which::Exactly(&pages), &alone).unwrap();
+        assert_eq!(data_ranges(&alone, SIZE).unwrap(), [(0x1000, 0x2000), (0x20_0000, 0x20_1000)]);
         image.add_diff(&diff, &runs).unwrap();
         for mode in [MemoryMode::Map, MemoryMode::Copy] {
             let again = GuestRam::new(SIZE, Backing::default(), Some((image.clone().into(), mode))).unwrap();
             let files = [tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap()];
-            write(&again, None, &files[0]).unwrap();
-            write(&ram, None, &files[1]).unwrap();
+            write(&again, Which::All, &files[0]).unwrap();
+            write(&ram, Which::All, &files[1]).unwrap();
             assert!(read(&files[0]) == read(&files[1]), "{mode:?}");
         }
         for wrong in [[(1, PAGE)], [(0, 1)], [(0, 0)], [(SIZE, PAGE)], [(u64::MAX - 4095, PAGE)]] {
             assert!(matches!(image.add_diff(&diff, &wrong), Err(MemoryFileError::Pages)), "{wrong:?}");
         }
         assert!(image.add_diff(&diff, &[(PAGE, PAGE), (0, PAGE)]).is_err(), "not in order");
+        assert!(!has_more_than(&diff, SIZE, &runs).unwrap(), "a diff has its pages only");
+        assert!(has_more_than(&base, SIZE, &runs).unwrap());
+        assert!(has_more_than(&base, SIZE, &[(0, u64::MAX / PAGE * PAGE)]).is_err(), "not of this memory");
     }
 
     #[test]

@@ -1,24 +1,25 @@
 //! Snapshots: a paused machine as a directory, and the way back.
 //!
 //! A snapshot is a directory of three files, described in docs/snapshot-format.md: the manifest, readable and with the
-//! machine's whole configuration; the state of all its parts; and its memory, which is mapped and not read.
+//! machine's whole configuration; the state of all its parts; and its memory, which is mapped and not read. Or it is two
+//! files anywhere, as clients of Firecracker want it: then the manifest is in the state file.
 //! [`Snapshot::open`] checks the first two as a whole, [`crate::Vm::restore`] builds the machine from the configuration as
 //! any other, and gives each part its state.
 
 mod clone;
 pub mod manifest;
 pub mod memory_file;
+mod place;
 pub mod state_file;
 
-use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use devices::registry::DeviceConfig;
-use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, flock, renameat_with};
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, VmConfig};
@@ -27,16 +28,10 @@ use crate::x86_64::{Slots, features};
 pub(crate) use clone::GenerationId;
 pub use clone::{Hostname, MachineId, Persona, Unlike};
 use manifest::{DevicePlace, Diff, Manifest, MemoryMap, MemoryRange};
-use memory_file::{MemoryFileError, MemoryImage, Pages, Written};
+use memory_file::{MemoryFileError, MemoryImage, Pages, Run, Written};
+pub(crate) use place::Place;
 use state_file::{SectionError, Sections};
 
-/// Names of the files of a snapshot.
-const MANIFEST: &str = "manifest.json";
-const STATE: &str = "state";
-const MEMORY: &str = "memory";
-
-/// Most bytes of a manifest. That of a diff lists its pages.
-const MAX_MANIFEST: u64 = 64 << 20;
 /// Most diffs, one over the other, that are restored together.
 const MAX_CHAIN: usize = 64;
 
@@ -87,12 +82,15 @@ pub enum SnapshotFailed {
         source: io::Error,
     },
     /// The place for a snapshot is taken.
-    #[error("'{path}' is there already and is no snapshot; choose another directory", path = .0.display())]
+    #[error("'{path}' is there already and is no snapshot; choose another place", path = .0.display())]
     Taken(PathBuf),
+    /// One file for two purposes.
+    #[error("'{path}' cannot be both the state and the memory of a snapshot; choose two files", path = .0.display())]
+    OneFile(PathBuf),
     /// What was opened is no snapshot.
     #[error("'{path}' is no snapshot: {reason}", path = path.display())]
     Manifest {
-        /// The directory.
+        /// The directory or the state file.
         path: PathBuf,
         /// What is wrong.
         reason: String,
@@ -100,7 +98,7 @@ pub enum SnapshotFailed {
     /// Its state is of no use.
     #[error("the state of the snapshot '{path}' is of no use: {source}", path = path.display())]
     State {
-        /// The directory.
+        /// The directory or the state file.
         path: PathBuf,
         /// What is wrong.
         source: SectionError,
@@ -117,7 +115,7 @@ pub enum SnapshotFailed {
         remedy: &'static str,
     },
     /// A diff cannot replace what it is a difference to.
-    #[error("'{path}' is what the diff is a difference to; choose another directory", path = .0.display())]
+    #[error("'{path}' is what the diff is a difference to; choose another place", path = .0.display())]
     OverBase(PathBuf),
     /// The snapshot below a diff is another one than it was.
     #[error("'{path}' is not the snapshot that '{diff}' is a difference to", path = path.display(), diff = diff.display())]
@@ -154,7 +152,7 @@ impl SnapshotFailed {
 /// A snapshot, opened and checked, ready to be restored.
 #[derive(Debug)]
 pub struct Snapshot {
-    pub(crate) path: PathBuf,
+    pub(crate) place: Place,
     pub(crate) manifest: Manifest,
     pub(crate) sections: Sections,
     pub(crate) image: Arc<MemoryImage>,
@@ -165,17 +163,28 @@ pub struct Snapshot {
 impl Snapshot {
     /// Opens the snapshot in the directory `path`.
     pub fn open(path: &Path) -> Result<Self, SnapshotFailed> {
-        let manifest = read_manifest(path)?;
-        let state = path.join(STATE);
-        let bytes = read_at_most(&state, state_file::MAX_BYTES as u64)?;
+        let (manifest, _) = read_manifest(&Place::Dir(path.into()))?;
+        let bytes = Place::read_state(path)?;
         let wrong = |source| SnapshotFailed::State { path: path.into(), source };
         if bytes.len() as u64 != manifest.state_bytes || crc32fast::hash(&bytes) != manifest.state_crc32 {
             return Err(wrong(SectionError::Damaged));
         }
         let sections = Sections::from_bytes(&bytes).map_err(wrong)?;
-        let image = Arc::new(open_memory(path, &manifest)?);
+        Self::with_memory(Place::Dir(path.into()), manifest, sections)
+    }
+
+    /// Opens the snapshot in two files that [`crate::Vm::snapshot_to_files`] has made. `memory` may be the memory of a diff,
+    /// or all of the memory, into which somebody has put the diff's pages.
+    pub fn open_files(state: &Path, memory: &Path) -> Result<Self, SnapshotFailed> {
+        let place = Place::Files { state: state.into(), memory: memory.into() };
+        let (manifest, sections) = read_manifest(&place)?;
+        Self::with_memory(place, manifest, sections.unwrap_or_default())
+    }
+
+    fn with_memory(place: Place, manifest: Manifest, sections: Sections) -> Result<Self, SnapshotFailed> {
+        let image = Arc::new(open_memory(&place, &manifest)?);
         let config = manifest.config.clone();
-        Ok(Self { path: path.into(), manifest, sections, image, config })
+        Ok(Self { place, manifest, sections, image, config })
     }
 
     /// What the machine is. Paths, addresses and names of the host may be changed with [`Self::set_config`].
@@ -201,8 +210,8 @@ impl Snapshot {
 
     /// This snapshot, for diffs of the machine that is restored from it.
     pub(crate) fn as_base(&self) -> Base {
-        let path = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
-        Base { id: self.manifest.id.clone(), path }
+        let place = self.place.absolute().unwrap_or_else(|_| self.place.clone());
+        Base { id: self.manifest.id.clone(), place }
     }
 
     /// Restores the machine with another configuration: what it is to the guest must stay, and what it is on the host may
@@ -214,17 +223,16 @@ impl Snapshot {
     }
 }
 
-/// Reads and checks a manifest.
-fn read_manifest(path: &Path) -> Result<Manifest, SnapshotFailed> {
-    let file = path.join(MANIFEST);
-    let bad = |reason: String| SnapshotFailed::Manifest { path: path.into(), reason };
-    let bytes = read_at_most(&file, MAX_MANIFEST)?;
+/// Reads and checks a manifest, and reads what is in the same file.
+fn read_manifest(place: &Place) -> Result<(Manifest, Option<Sections>), SnapshotFailed> {
+    let bad = |reason: String| SnapshotFailed::Manifest { path: place.path().into(), reason };
+    let (bytes, sections) = place.read_manifest()?;
     #[derive(serde::Deserialize)]
     struct Form {
         format: u32,
     }
     let Form { format } =
-        serde_json::from_slice(&bytes).map_err(|error| bad(format!("{MANIFEST}: {error}")))?;
+        serde_json::from_slice(&bytes).map_err(|error| bad(format!("its manifest: {error}")))?;
     if format > manifest::FORMAT {
         let known = manifest::FORMAT;
         return Err(bad(format!(
@@ -232,9 +240,9 @@ fn read_manifest(path: &Path) -> Result<Manifest, SnapshotFailed> {
         )));
     }
     let manifest: Manifest =
-        serde_json::from_slice(&bytes).map_err(|error| bad(format!("{MANIFEST}: {error}")))?;
+        serde_json::from_slice(&bytes).map_err(|error| bad(format!("its manifest: {error}")))?;
     let config = &manifest.config;
-    config.validate().map_err(|error| bad(format!("{MANIFEST}: {error}")))?;
+    config.validate().map_err(|error| bad(format!("its manifest: {error}")))?;
     let ranges = ranges(config.memory.0);
     if manifest.memory.bytes != config.memory.0 || manifest.memory.ranges != ranges {
         return Err(bad("its memory map is not that of its machine".into()));
@@ -244,7 +252,7 @@ fn read_manifest(path: &Path) -> Result<Manifest, SnapshotFailed> {
             "its devices are not where this program puts them; use the program that made it".into()
         ));
     }
-    Ok(manifest)
+    Ok((manifest, sections))
 }
 
 /// Where RAM of so many bytes is in the guest's address space.
@@ -266,51 +274,41 @@ fn places(config: &VmConfig) -> Vec<DevicePlace> {
 }
 
 /// The memory of a snapshot, with what it is a difference to.
-fn open_memory(path: &Path, manifest: &Manifest) -> Result<MemoryImage, SnapshotFailed> {
+fn open_memory(place: &Place, manifest: &Manifest) -> Result<MemoryImage, SnapshotFailed> {
     let bytes = manifest.memory.bytes;
-    let mut above: Vec<(PathBuf, Diff)> = Vec::new();
-    let (mut path, mut diff) = (path.to_owned(), manifest.memory.diff.clone());
+    let mut above: Vec<(Place, Diff)> = Vec::new();
+    let (mut place, mut diff) = (place.clone(), manifest.memory.diff.clone());
     while let Some(this) = diff {
-        let parent = path.join(&this.path);
         if above.len() == MAX_CHAIN {
-            return Err(SnapshotFailed::Chain(above.swap_remove(0).0));
+            return Err(SnapshotFailed::Chain(above.swap_remove(0).0.path().into()));
         }
         // Before the next one is read, so that no chain takes more memory than its longest list.
         memory_file::check_pages(&this.pages, bytes)?;
-        let below = read_manifest(&parent)?;
-        if below.id != this.parent || below.memory.bytes != bytes {
-            return Err(SnapshotFailed::WrongBase { path: parent, diff: path });
+        // Clients of Firecracker put the pages of a diff over its base by themselves.
+        let files = matches!(place, Place::Files { .. });
+        if files && memory_file::has_more_than(&place.memory(), bytes, &this.pages)? {
+            break;
         }
-        above.push((path, this));
-        (path, diff) = (parent, below.memory.diff);
+        let parent = place.base_of(&this);
+        let (below, _) = read_manifest(&parent)?;
+        if below.id != this.parent || below.memory.bytes != bytes {
+            return Err(SnapshotFailed::WrongBase { path: parent.path().into(), diff: place.path().into() });
+        }
+        above.push((place, this));
+        (place, diff) = (parent, below.memory.diff);
     }
-    let mut image = MemoryImage::open(&path.join(MEMORY), bytes)?;
-    for (path, diff) in above.into_iter().rev() {
-        image.add_diff(&path.join(MEMORY), &diff.pages)?;
+    let mut image = MemoryImage::open(&place.memory(), bytes)?;
+    for (place, diff) in above.into_iter().rev() {
+        image.add_diff(&place.memory(), &diff.pages)?;
     }
     Ok(image)
 }
 
-/// Opens a file of a snapshot to read it. A pipe, which would wait for a writer, is none.
-fn open_file(path: &Path) -> io::Result<File> {
-    let flags = OFlags::NONBLOCK.bits() as i32;
-    let file = File::options().read(true).custom_flags(flags).open(path)?;
-    match file.metadata()?.is_file() {
-        true => Ok(file),
-        false => Err(io::Error::other("it is no regular file")),
-    }
-}
-
-/// Reads a file that has at most `limit` bytes.
-fn read_at_most(path: &Path, limit: u64) -> Result<Vec<u8>, SnapshotFailed> {
-    let error = SnapshotFailed::io("read", path);
-    let file = open_file(path).map_err(&error)?;
-    let mut bytes = Vec::new();
-    file.take(limit + 1).read_to_end(&mut bytes).map_err(&error)?;
-    match bytes.len() as u64 > limit {
-        true => Err(error(io::ErrorKind::FileTooLarge.into())),
-        false => Ok(bytes),
-    }
+/// Where a machine's memory is written to.
+pub(crate) struct MemoryTarget {
+    pub file: File,
+    /// The file of a diff says itself which pages it has: clients of Firecracker look for its holes.
+    pub exactly: bool,
 }
 
 /// The machine at one moment, on its way into a directory.
@@ -318,6 +316,7 @@ pub(crate) struct Captured {
     pub sections: Sections,
     pub written: Written,
     pub config: VmConfig,
+    pub aliases: BTreeMap<String, String>,
     /// How long the machine stood still for it.
     pub paused: Duration,
     /// For a diff: what it is a difference to, and in which pages.
@@ -328,56 +327,38 @@ pub(crate) struct Captured {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Base {
     pub id: String,
-    pub path: PathBuf,
+    pub place: Place,
 }
 
-/// A snapshot in the making, in a directory beside its place. Dropped unfinished, it is gone.
+/// A snapshot in the making, beside its place. Dropped unfinished, it is gone.
 pub(crate) struct Draft {
-    place: PathBuf,
-    dir: PathBuf,
+    place: Place,
+    draft: Place,
     memory: File,
     /// Locked, which says that somebody is at work on it.
-    _lock: File,
+    _lock: Option<File>,
 }
 
 impl Draft {
     /// Begins a snapshot that is to be at `place`.
-    pub fn begin(place: &Path) -> Result<Self, SnapshotFailed> {
-        let place = std::path::absolute(place).map_err(SnapshotFailed::io("find", place))?;
-        if is_taken(&place) {
-            return Err(SnapshotFailed::Taken(place));
-        }
-        let name = place.file_name().ok_or_else(|| SnapshotFailed::Taken(place.clone()))?;
-        let name = format!(".{}.", name.display());
-        remove_left(&place, &name);
-        let dir = place.with_file_name(format!("{name}{:08x}", random::<4>().map_or(0, u32::from_le_bytes)));
-        fs::DirBuilder::new().mode(0o700).create(&dir).map_err(SnapshotFailed::io("make", &dir))?;
-        let path = dir.join(MEMORY);
-        let files = || {
-            let lock = File::open(&dir)?;
-            flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
-            Ok((lock, create(&path)?))
-        };
-        match files() {
-            Ok((lock, memory)) => Ok(Self { place, dir, memory, _lock: lock }),
-            Err(error) => {
-                _ = fs::remove_dir_all(&dir);
-                Err(SnapshotFailed::io("make", &path)(error))
-            }
-        }
+    pub fn begin(place: &Place) -> Result<Self, SnapshotFailed> {
+        let place = place.absolute()?;
+        let (draft, memory, lock) = place.begin_draft()?;
+        Ok(Self { place, draft, memory, _lock: lock })
     }
 
-    /// The memory file, which is empty.
-    pub fn memory(&self) -> Result<File, SnapshotFailed> {
-        self.memory.try_clone().map_err(SnapshotFailed::io("open", &self.dir.join(MEMORY)))
+    /// Where the memory goes.
+    pub fn memory(&self) -> Result<MemoryTarget, SnapshotFailed> {
+        let file = self.memory.try_clone().map_err(SnapshotFailed::io("open", &self.draft.memory()))?;
+        Ok(MemoryTarget { file, exactly: matches!(self.place, Place::Files { .. }) })
     }
 
     /// Writes what is missing, makes all of it last, and puts it in its place, where another snapshot may be.
     pub fn finish(self, captured: Captured) -> Result<(SnapshotReport, Base), SnapshotFailed> {
-        let Captured { sections, written, mut config, paused, diff } = captured;
+        let Captured { sections, written, mut config, aliases, paused, diff } = captured;
         config.devices.iter_mut().for_each(DeviceConfig::pin);
         let state = sections.to_bytes().map_err(SnapshotFailed::Save)?;
-        let memory = self.dir.join(MEMORY);
+        let memory = self.draft.memory();
         let crc32 = written.crc32(&self.memory).map_err(SnapshotFailed::io("read", &memory))?;
         let id = random::<16>().map_err(SnapshotFailed::io("read", Path::new("/dev/urandom")))?;
         let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -394,105 +375,32 @@ impl Draft {
                 bytes,
                 ranges: ranges(bytes),
                 crc32,
-                diff: diff.map(|(base, pages)| self.diff(base, &pages, bytes)).transpose()?,
+                diff: diff
+                    .map(|(base, pages)| self.place.diff(base, pages.runs(0, bytes).collect()))
+                    .transpose()?,
             },
             config,
+            aliases,
             state_bytes: state.len() as u64,
             state_crc32: crc32fast::hash(&state),
         };
         let mut text = serde_json::to_vec_pretty(&manifest).map_err(|error| SnapshotFailed::Manifest {
-            path: self.place.clone(),
+            path: self.place.path().into(),
             reason: error.to_string(),
         })?;
         text.push(b'\n');
         self.memory.sync_all().map_err(SnapshotFailed::io("write", &memory))?;
-        for (name, bytes) in [(STATE, state), (MANIFEST, text)] {
-            let path = self.dir.join(name);
-            let write = || {
-                let mut file = create(&path)?;
-                file.write_all(&bytes)?;
-                file.sync_all()
-            };
-            write().map_err(SnapshotFailed::io("write", &path))?;
-        }
-        self.put_in_place()?;
-        let base = Base { id: id.clone(), path: self.place.clone() };
+        self.draft.write(sections, &state, text)?;
+        self.place.replace_with(&self.draft)?;
+        let base = Base { id: id.clone(), place: self.place.clone() };
         Ok((SnapshotReport { paused, memory_bytes: written.bytes(), id }, base))
-    }
-
-    /// How the difference to `base` is described here.
-    fn diff(&self, base: Base, pages: &Pages, bytes: u64) -> Result<Diff, SnapshotFailed> {
-        if base.path == self.place {
-            return Err(SnapshotFailed::OverBase(base.path));
-        }
-        // Snapshots side by side can be moved together.
-        let beside = base.path.parent() == self.place.parent();
-        let path = match base.path.file_name() {
-            Some(name) if beside => Path::new("..").join(name),
-            _ => base.path,
-        };
-        Ok(Diff { parent: base.id, path, pages: pages.runs(0, bytes).collect() })
-    }
-
-    fn put_in_place(&self) -> Result<(), SnapshotFailed> {
-        let error = SnapshotFailed::io("write", &self.place);
-        sync_dir(&self.dir).map_err(&error)?;
-        if self.place.exists() {
-            // It may have come meanwhile.
-            if is_taken(&self.place) {
-                return Err(SnapshotFailed::Taken(self.place.clone()));
-            }
-            // What was there goes with the draft.
-            renameat_with(CWD, &self.dir, CWD, &self.place, RenameFlags::EXCHANGE)
-                .map_err(|errno| error(errno.into()))?;
-        } else {
-            fs::rename(&self.dir, &self.place).map_err(&error)?;
-        }
-        self.place.parent().map_or(Ok(()), sync_dir).map_err(error)
     }
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        _ = fs::remove_dir_all(&self.dir);
+        self.draft.remove();
     }
-}
-
-/// Removes what snapshots to `place` have left that were killed: directories with such a beginning of their names and eight
-/// digits behind it that nobody has locked.
-fn remove_left(place: &Path, beginning: &str) {
-    let Some(Ok(entries)) = place.parent().map(fs::read_dir) else { return };
-    let is_left = |entry: &fs::DirEntry| {
-        let name = entry.file_name();
-        let digits = name.to_str().and_then(|name| name.strip_prefix(beginning)).unwrap_or_default();
-        digits.len() == 8
-            && digits.bytes().all(|digit| digit.is_ascii_hexdigit())
-            && entry.file_type().is_ok_and(|kind| kind.is_dir())
-    };
-    for entry in entries.flatten().filter(is_left) {
-        let free = File::open(entry.path())
-            .is_ok_and(|dir| flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok());
-        if free {
-            _ = fs::remove_dir_all(entry.path());
-        }
-    }
-}
-
-/// Whether something is at `place` that is neither a snapshot nor an empty directory.
-fn is_taken(place: &Path) -> bool {
-    match fs::read_dir(place) {
-        Ok(mut entries) => entries.next().is_some() && !place.join(MANIFEST).is_file(),
-        Err(error) => error.kind() != io::ErrorKind::NotFound,
-    }
-}
-
-/// A new file that only its owner reads: the guest's secrets are in it.
-fn create(path: &Path) -> io::Result<File> {
-    File::options().read(true).write(true).create_new(true).mode(0o600).open(path)
-}
-
-fn sync_dir(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
 }
 
 /// Bytes of the host's random number generator.

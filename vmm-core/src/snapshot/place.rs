@@ -15,9 +15,9 @@ use super::state_file::{self, SectionError, Sections};
 use super::{Base, Run, SnapshotFailed, random};
 
 /// Names of the files in a directory.
-const MANIFEST: &str = "manifest.json";
-const STATE: &str = "state";
-const MEMORY: &str = "memory";
+pub(super) const MANIFEST: &str = "manifest.json";
+pub(super) const STATE: &str = "state";
+pub(super) const MEMORY: &str = "memory";
 /// The section of a state file without a directory that the manifest is in.
 const SECTION: &str = "manifest";
 

@@ -1,10 +1,12 @@
 //! Directories that look like snapshots and are none, and what killed snapshots leave.
 
+use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 
-use rustix::fs::{FileType, Mode, mknodat};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
 
+use super::place::{MANIFEST, MEMORY, STATE};
 use super::*;
 
 const BYTES: u64 = 128 << 20;
@@ -20,6 +22,7 @@ fn make(dir: &Path) {
         made_by: "a test".into(),
         made_at: 0,
         devices: Vec::new(),
+        aliases: Default::default(),
         memory: MemoryMap { bytes: BYTES, ranges: ranges(BYTES), crc32: 0, diff: None },
         config,
         state_bytes: state.len() as u64,
@@ -172,9 +175,9 @@ fn what_a_killed_snapshot_left_goes_with_the_next_one_and_nothing_else_does() {
     fs::write(top.path().join(".s.0123abcd").join(MEMORY), [1]).unwrap();
     let others = [".s.0123abc", ".s.0123abcdx", ".s.wwwwwwww", ".t.0123abcd", "s.0123abcd"];
     others.iter().for_each(|other| fs::create_dir(top.path().join(other)).unwrap());
-    let first = Draft::begin(&place).unwrap();
-    let second = Draft::begin(&place).unwrap();
-    assert!(first.dir.is_dir() && second.dir.is_dir(), "one at work stays");
+    let first = Draft::begin(&Place::Dir(place.clone())).unwrap();
+    let second = Draft::begin(&Place::Dir(place.clone())).unwrap();
+    assert!(first.draft.path().is_dir() && second.draft.path().is_dir(), "one at work stays");
     assert_eq!(names(top.path()).len(), others.len() + 2);
     drop((first, second));
     let mut left = others.map(String::from);

@@ -1,0 +1,310 @@
+//! Snapshots through the real commands and the control API, with real guests: what was saved goes on where it was, and
+//! its parent too. On this machine's /dev/kvm.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use harness::{Api, Kernel, Machines, local_kvm};
+use serde_json::{Value, json};
+
+/// Prints `n1`, `n2` and so on.
+const COUNT: &str = "i=0; while i=$((i+1)); do echo n$i; sleep 0.05; done";
+
+/// Changes pieces of 16 MiB of memory, and looks before each time whether all of it is as it was left.
+const CHECK: &str = "sum() { md5sum < /tmp/m | cut -c1-32; }; head -c 16777216 /dev/urandom > /tmp/m; was=$(sum); i=0; \
+     while i=$((i+1)); do [ $(sum) = $was ] || { echo wrong $i; exit 1; }; \
+     dd if=/dev/urandom of=/tmp/m bs=64k count=4 seek=$((i*7%252)) conv=notrunc 2>/dev/null; \
+     was=$(sum); echo right $i; done";
+
+fn machines() -> Result<Machines> {
+    Machines::new(env!("CARGO_BIN_EXE_vmm"))
+}
+
+/// Starts a guest in the background that runs a line of shell.
+fn start(state: &Machines, words: &str, line: &str) -> Result<()> {
+    // Not the command's own one, which is a file without a name.
+    let root = format!("{},ro", harness::demo_image()?.display());
+    let output = state.command(words).args(["--rootfs", &root, "--", "sh", "-c", line]).output()?;
+    ensure!(output.status.success(), "{words}: {output:?}");
+    Ok(())
+}
+
+/// The numbers that a log has after `word`, in the order of its lines; the last line may not be whole.
+fn numbers(log: &str, word: &str) -> Vec<u32> {
+    let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().filter_map(|line| line.trim().strip_prefix(word)?.parse().ok()).collect()
+}
+
+/// Waits until there are so many of them.
+fn wait_numbers(state: &Machines, name: &str, word: &str, count: usize) -> Result<Vec<u32>> {
+    loop {
+        let log = state.ok(&format!("logs {name}"))?;
+        ensure!(!log.contains("wrong"), "{name}: {log}");
+        let found = numbers(&log, word);
+        if found.len() >= count {
+            return Ok(found);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn what_was_saved_goes_on_where_it_was_and_so_does_its_parent() -> Result<()> {
+    let state = machines()?;
+    start(&state, "run -q --detach --name web", COUNT)?;
+    let before = wait_numbers(&state, "web", "n", 5)?.len();
+    state.ok("snapshot web --to saved")?;
+    let after = wait_numbers(&state, "web", "n", before)?.len();
+    wait_numbers(&state, "web", "n", after + 5)?;
+    state.ok("kill web")?;
+    state.ok("rm web")?;
+    for name in ["again", "more"] {
+        state.ok(&format!("restore saved --detach --name {name}"))?;
+        let goes_on = wait_numbers(&state, name, "n", 5)?;
+        let first = goes_on[0] as usize;
+        // The line that was being printed when the machine stood still may be cut in two.
+        ensure!((before..=after + 2).contains(&first), "{before} {after} {goes_on:?}");
+        ensure!(goes_on.windows(2).all(|two| two[1] == two[0] + 1), "{goes_on:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn every_link_of_a_chain_of_diffs_is_right() -> Result<()> {
+    let state = machines()?;
+    start(&state, "run -q --detach --name web --track-dirty", CHECK)?;
+    for (to, more) in [("a", ""), ("b", "--diff"), ("c", "--diff"), ("d", "--diff")] {
+        let now = numbers(&state.ok("logs web")?, "right ").len();
+        wait_numbers(&state, "web", "right ", now + 2)?;
+        state.ok(&format!("snapshot web --to {to} {more}"))?;
+    }
+    state.ok("kill web")?;
+    for (from, how) in [("a", ""), ("b", ""), ("c", "--memory-mode copy"), ("d", "--track-dirty")] {
+        state.ok(&format!("restore {from} --detach --name {from} {how}"))?;
+        wait_numbers(&state, from, "right ", 3)?;
+    }
+    // A diff to what was restored.
+    state.ok("snapshot d --to e --diff")?;
+    state.ok("restore e --detach --name e")?;
+    wait_numbers(&state, "e", "right ", 3)?;
+    Ok(())
+}
+
+#[test]
+fn ten_clones_all_answer() -> Result<()> {
+    let state = machines()?;
+    start(&state, "run -q --detach --name web --memory 64M", COUNT)?;
+    wait_numbers(&state, "web", "n", 3)?;
+    let names = state.ok("fork web -n 10")?;
+    let names: Vec<&str> = names.lines().collect();
+    assert_eq!(names.len(), 10, "{names:?}");
+    for name in names.iter().chain(&["web"]) {
+        let now = numbers(&state.ok(&format!("logs {name}"))?, "n").len();
+        wait_numbers(&state, name, "n", now + 3)?;
+    }
+    assert!(state.ps()?.iter().all(|row| row["state"] == "running"));
+    assert_eq!(state.ps()?.len(), 11);
+    Ok(())
+}
+
+#[test]
+fn mistakes_are_one_sentence_and_leave_nothing() -> Result<()> {
+    let state = machines()?;
+    state.ok("run --detach --name web IDLE --vsock v.sock")?;
+    state.ok("run --detach --name tracked IDLE --track-dirty")?;
+    state.ok("run --name ended SHORT")?;
+    fs::create_dir(state.dir().join("taken"))?;
+    fs::write(state.dir().join("taken/file"), "mine")?;
+    state.ok("snapshot tracked --to base")?;
+    for (words, status, want) in [
+        ("snapshot nobody --to x", 1, "nobody"),
+        ("snapshot ended --to x", 1, "ended"),
+        ("snapshot web --to taken", 1, "is no snapshot"),
+        ("snapshot web --to missing/x", 1, "missing"),
+        ("snapshot web --to x --diff", 1, "--track-dirty"),
+        ("snapshot tracked --to base --diff", 1, "choose another place"),
+        ("restore x --name y", 1, "manifest"),
+        ("restore taken --name y", 1, "manifest"),
+        ("fork ended", 1, "ended"),
+        ("restore base --name y --set disk9.path=z", 2, "no device 'disk9'"),
+        ("restore base --name y --set disk9", 2, "DEVICE.KEY=VALUE"),
+    ] {
+        let said = state.refused(words, status)?;
+        assert!(said.contains(want), "{words}: {said}");
+    }
+    state.ok("snapshot web --to saved")?;
+    state.refused("restore saved --name y --set vsock0.nonsense=1", 1)?;
+    assert_eq!(fs::read(state.dir().join("taken/file"))?, b"mine");
+    let mut there: Vec<_> =
+        fs::read_dir(state.dir())?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
+    there.sort();
+    assert_eq!(there, ["base", "idle", "saved", "short", "state", "taken", "tmp", "v.sock"]);
+    assert!(state.ps()?.iter().all(|row| row["name"] != "y"), "{:?}", state.ps()?);
+    Ok(())
+}
+
+#[test]
+fn what_is_damaged_is_refused() -> Result<()> {
+    let state = machines()?;
+    state.ok("run --detach --name web IDLE")?;
+    let path = |name: &str| state.dir().join("saved").join(name);
+    type Damage = fn(&Path) -> std::io::Result<()>;
+    let shorten: Damage = |path| {
+        let file = File::options().write(true).open(path)?;
+        file.set_len(file.metadata()?.len() - 4096.min(file.metadata()?.len() / 2))
+    };
+    let flip: Damage = |path| {
+        let mut bytes = fs::read(path)?;
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 0x40;
+        fs::write(path, bytes)
+    };
+    let remove: Damage = |path| fs::remove_file(path);
+    let newer: Damage =
+        |path| fs::write(path, fs::read_to_string(path)?.replacen("\"format\": 1", "\"format\": 2", 1));
+    for (file, damage, want) in [
+        ("manifest.json", shorten, "manifest"),
+        ("manifest.json", remove, "manifest"),
+        ("manifest.json", newer, "form 2"),
+        ("state", shorten, "damaged"),
+        ("state", flip, "damaged"),
+        ("state", remove, "state"),
+        ("memory", shorten, "damaged"),
+        ("memory", remove, "memory"),
+    ] {
+        state.ok("snapshot web --to saved")?;
+        damage(&path(file))?;
+        let said = state.refused("restore saved --name y", 1)?;
+        assert!(said.contains(want), "{file}: {said}");
+        // Away with it: without its manifest it would be no snapshot, which is not replaced.
+        fs::remove_dir_all(state.dir().join("saved"))?;
+    }
+    assert!(state.ps()?.iter().all(|row| row["name"] != "y"));
+    Ok(())
+}
+
+/// `vmm api` in a directory.
+struct Program(Child);
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        _ = self.0.kill();
+        _ = self.0.wait();
+    }
+}
+
+fn api(dir: &Path, name: &str) -> Result<(Program, Api)> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmm"));
+    command.args(["api", "--api-sock", name]).current_dir(dir);
+    let program = Program(command.stdin(Stdio::null()).stdout(Stdio::null()).spawn()?);
+    Ok((program, Api::when_ready(&dir.join(name))?))
+}
+
+/// Waits until the console's file has so many numbers.
+fn wait_console(path: &Path, count: usize) -> Result<Vec<u32>> {
+    loop {
+        let found = numbers(&fs::read_to_string(path)?, "n");
+        if found.len() >= count {
+            return Ok(found);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+/// What clients of Firecracker do with a diff: what is no hole of it goes over a copy of its base.
+fn merge(base: &Path, diff: &Path, to: &Path) -> Result<()> {
+    use rustix::fs::{SeekFrom, seek};
+    fs::copy(base, to)?;
+    let (diff, to) = (File::open(diff)?, File::options().write(true).open(to)?);
+    let mut at = 0;
+    while let Ok(start) = seek(&diff, SeekFrom::Data(at)) {
+        at = seek(&diff, SeekFrom::Hole(start))?;
+        let mut bytes = vec![0; (at - start) as usize];
+        diff.read_exact_at(&mut bytes, start)?;
+        to.write_all_at(&bytes, start)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn firecrackers_calls_save_and_load_a_machine() -> Result<()> {
+    let kvm = local_kvm().context("this needs a /dev/kvm on this machine")?;
+    let dir = tempfile::tempdir()?;
+    let path = |name: &str| -> PathBuf { dir.path().join(name) };
+    let (parent_program, parent) = api(dir.path(), "parent.sock")?;
+    let create = |kind: &str, state: &str, memory: &str| json!({"snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory});
+    let full = create("Full", "s", "m").to_string();
+    assert!(parent.send("PUT", "/snapshot/create", &full)?.fault()?.contains("before starting"));
+    let kernel = Kernel::ours(kvm).file()?;
+    let boot_args = format!("console=ttyS0 reboot=k panic=1 -- sh -c \"{COUNT}\"");
+    parent.put("/boot-source", json!({"kernel_image_path": kernel, "boot_args": boot_args}))?;
+    let root = json!({"drive_id": "rootfs", "path_on_host": harness::demo_image()?, "is_root_device": true, "is_read_only": true});
+    parent.put("/drives/rootfs", root)?;
+    parent
+        .put("/machine-config", json!({"vcpu_count": 1, "mem_size_mib": 128, "track_dirty_pages": true}))?;
+    parent.put("/vsock", json!({"guest_cid": 3, "uds_path": "v.sock"}))?;
+    parent.put("/serial", json!({"serial_out_path": "console"}))?;
+    parent.put("/actions", json!({"action_type": "InstanceStart"}))?;
+    wait_console(&path("console"), 3)?;
+    assert!(parent.send("PUT", "/snapshot/create", &full)?.fault()?.contains("running cannot be saved"));
+    parent.patch("/vm", json!({"state": "Paused"}))?;
+    let diff = create("Diff", "s2", "m2").to_string();
+    assert!(parent.send("PUT", "/snapshot/create", &diff)?.fault()?.contains("full snapshot first"));
+    parent.put("/snapshot/create", create("Full", "s", "m"))?;
+    parent.patch("/vm", json!({"state": "Resumed"}))?;
+    let saved = wait_console(&path("console"), 0)?.len();
+    let later = wait_console(&path("console"), saved + 5)?.len();
+    parent.patch("/vm", json!({"state": "Paused"}))?;
+    parent.put("/snapshot/create", create("Diff", "s2", "m2"))?;
+    let load = json!({"snapshot_path": "s2", "mem_file_path": "m2"}).to_string();
+    assert!(parent.send("PUT", "/snapshot/load", &load)?.fault()?.contains("after starting"));
+    drop(parent_program);
+    merge(&path("m"), &path("m2"), &path("merged"))?;
+
+    for memory in ["m2", "merged"] {
+        let (_program, child) = api(dir.path(), "child.sock")?;
+        let refused = |body: Value, want: &str| -> Result<()> {
+            let fault = child.send("PUT", "/snapshot/load", &body.to_string())?.fault()?;
+            ensure!(fault.contains(want), "{body}: {fault}");
+            Ok(())
+        };
+        let backend = json!({"backend_type": "File", "backend_path": memory});
+        refused(json!({"snapshot_path": "s2"}), "missing")?;
+        refused(json!({"snapshot_path": "s2", "mem_backend": backend, "mem_file_path": memory}), "not both")?;
+        refused(json!({"snapshot_path": "nowhere", "mem_backend": backend}), "'nowhere' cannot be opened")?;
+        refused(json!({"snapshot_path": "console", "mem_backend": backend}), "damaged")?;
+        let tap = json!([{"iface_id": "eth0", "host_dev_name": "tap0"}]);
+        refused(json!({"snapshot_path": "s2", "mem_backend": backend, "network_overrides": tap}), "'eth0'")?;
+        let body = json!({"snapshot_path": "s2", "mem_backend": backend, "vsock_override": {"uds_path": "w.sock"}, "track_dirty_pages": true});
+        child.put("/snapshot/load", body.clone())?;
+        assert!(path("w.sock").exists());
+        assert_eq!(child.get_json("/")?["state"], "Paused");
+        let config = child.get_json("/vm/config")?;
+        assert_eq!(
+            (&config["drives"][0]["drive_id"], &config["machine-config"]["track_dirty_pages"]),
+            (&json!("rootfs"), &json!(true))
+        );
+        assert_eq!(fs::read_to_string(path("console"))?, "", "it waits");
+        refused(body, "after starting")?;
+        child.patch("/vm", json!({"state": "Resumed"}))?;
+        let goes_on = wait_console(&path("console"), 5)?;
+        ensure!(
+            goes_on[0] as usize >= later && goes_on.windows(2).all(|two| two[1] == two[0] + 1),
+            "{goes_on:?}"
+        );
+    }
+    let (_program, other) = api(dir.path(), "other.sock")?;
+    other.put("/machine-config", json!({"vcpu_count": 1, "mem_size_mib": 16}))?;
+    let body = json!({"snapshot_path": "s", "mem_file_path": "m", "resume_vm": true, "clock_realtime": true});
+    assert!(
+        other.send("PUT", "/snapshot/load", &body.to_string())?.fault()?.contains("before anything else")
+    );
+    let (_program, third) = api(dir.path(), "third.sock")?;
+    third.put("/snapshot/load", body)?;
+    let goes_on = wait_console(&path("console"), 5)?;
+    ensure!((goes_on[0] as usize) < later, "the first one, not the second: {goes_on:?}");
+    Ok(())
+}

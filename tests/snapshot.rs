@@ -275,7 +275,7 @@ fn firecrackers_calls_save_and_load_a_machine() -> Result<()> {
         refused(json!({"snapshot_path": "s2"}), "missing")?;
         refused(json!({"snapshot_path": "s2", "mem_backend": backend, "mem_file_path": memory}), "not both")?;
         refused(json!({"snapshot_path": "nowhere", "mem_backend": backend}), "'nowhere' cannot be opened")?;
-        refused(json!({"snapshot_path": "console", "mem_backend": backend}), "damaged")?;
+        refused(json!({"snapshot_path": "console", "mem_backend": backend}), "is of no use")?;
         let tap = json!([{"iface_id": "eth0", "host_dev_name": "tap0"}]);
         refused(json!({"snapshot_path": "s2", "mem_backend": backend, "network_overrides": tap}), "'eth0'")?;
         let body = json!({"snapshot_path": "s2", "mem_backend": backend, "vsock_override": {"uds_path": "w.sock"}, "track_dirty_pages": true});

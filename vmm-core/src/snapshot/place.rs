@@ -67,9 +67,9 @@ impl Place {
             Self::Files { state, .. } => {
                 let bytes = read_at_most(state, MAX_MANIFEST + state_file::MAX_BYTES as u64)?;
                 let wrong = |source| SnapshotFailed::State { path: state.clone(), source };
-                let sections = Sections::from_bytes(&bytes).map_err(wrong)?;
-                match &sections.get(SECTION).map_err(wrong)?.value {
-                    Value::Text(text) => Ok((text.clone().into_bytes(), Some(sections))),
+                let mut sections = Sections::from_bytes(&bytes).map_err(wrong)?;
+                match sections.take(SECTION).map_err(wrong)?.value {
+                    Value::Text(text) => Ok((text.into_bytes(), Some(sections))),
                     _ => Err(wrong(SectionError::of(SECTION)(SnapshotError::Malformed(
                         "it is no text".into(),
                     )))),

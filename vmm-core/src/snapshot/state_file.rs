@@ -51,6 +51,13 @@ impl Sections {
         found.map(|section| &section.saved).ok_or_else(|| SectionError::Missing { name: name.into() })
     }
 
+    /// Takes the section of this name out.
+    pub(crate) fn take(&mut self, name: &str) -> Result<Saved, SectionError> {
+        let found = self.0.iter().position(|section| section.name == name);
+        let at = found.ok_or_else(|| SectionError::Missing { name: name.into() })?;
+        Ok(self.0.remove(at).saved)
+    }
+
     /// The state in the section of this name.
     pub fn state<S: devices::snapshot::State>(&self, name: &str) -> Result<S, SectionError> {
         self.get(name)?.get().map_err(SectionError::of(name))

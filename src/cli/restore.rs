@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use serde_json::{Map, Value};
 use vmm_core::config::SerialConfig;
-use vmm_core::snapshot::ClockMode;
+use vmm_core::devices::registry::DeviceConfig;
 use vmm_core::snapshot::memory_file::MemoryMode;
+use vmm_core::snapshot::{ClockMode, Hostname, MachineId, Persona};
 use vmm_core::{Snapshot, Vm, VmConfig};
 
 use super::host::HostArgs;
@@ -42,6 +43,14 @@ pub struct RestoreArgs {
     #[arg(long, value_name = "MODE", help_heading = "Machine", default_value = "advance",
         value_parser = named::<ClockMode>(&["advance", "freeze"]))]
     clock: ClockMode,
+
+    /// Give the guest another host name; its init must be vmm's
+    #[arg(long, value_name = "NAME", help_heading = "Machine")]
+    hostname: Option<Hostname>,
+
+    /// Give the guest another machine id: 32 hexadecimal digits, or random; its init must be vmm's
+    #[arg(long, value_name = "ID", help_heading = "Machine", value_parser = machine_id)]
+    machine_id: Option<MachineId>,
 
     /// Restore even if this host lacks features of the processor that the guest has seen
     #[arg(long, help_heading = "Machine")]
@@ -80,12 +89,38 @@ pub fn run(args: &RestoreArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     for change in &args.changes {
         set(&mut config, change)?;
     }
+    if let Some(name) = private_disk(&config) {
+        bail!(
+            "{name} was a private copy that ended with its machine; give the clone another with --set {name}.path=FILE, or run \
+             machines that are to be saved with --rootfs"
+        );
+    }
     snapshot.set_config(config)?;
+    let persona =
+        Persona { hostname: args.hostname.clone(), machine_id: args.machine_id, ..Persona::default() };
     let builder = Vm::restore(snapshot)
         .memory_mode(args.memory_mode)
         .clock_mode(args.clock)
+        .persona(persona)
         .other_processor(args.force);
     args.host.run(builder, (), false, logging, start)
+}
+
+/// The name of a disk that was made for one machine only, and has no name in the file system.
+fn private_disk(config: &VmConfig) -> Option<String> {
+    let private = |device: &DeviceConfig| match device {
+        DeviceConfig::Disk(disk) => disk.path.starts_with("/proc/self/fd"),
+        _ => false,
+    };
+    let at = config.devices.iter().position(private)?;
+    config.device_names().into_iter().nth(at)
+}
+
+fn machine_id(text: &str) -> Result<MachineId, String> {
+    match text {
+        "random" => MachineId::random().map_err(|error| error.to_string()),
+        text => text.parse(),
+    }
 }
 
 /// Changes a key of a device.

@@ -108,6 +108,8 @@ pub enum Kind {
     Full,
     /// What was written since the last snapshot.
     Diff,
+    /// All of it, and the next diff is not one to this: it is removed as soon as clones run from it.
+    Clones,
 }
 
 /// A snapshot that was made.
@@ -212,6 +214,7 @@ fn put_snapshot(
     let kind = match kind {
         Kind::Full => SnapshotKind::Full,
         Kind::Diff => SnapshotKind::Diff,
+        Kind::Clones => SnapshotKind::Clones,
     };
     let report = control.vm()?.snapshot(&path, kind)?;
     Ok(Json(SnapshotMade {

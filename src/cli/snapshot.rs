@@ -124,7 +124,7 @@ pub fn fork(args: &ForkArgs) -> anyhow::Result<ExitStatus> {
     let state = args.machine.state();
     let taken: Vec<String> = state.open()?.list()?.into_iter().map(|machine| machine.name).collect();
     let dir = machine.path(&format!("fork-{}", std::process::id()));
-    save(&machine, &dir, "full")?;
+    save(&machine, &dir, "clones")?;
     let numbers = (1..).map(|number| (number, format!("{}-{number}", machine.name)));
     let free = numbers.filter(|(_, name)| !taken.contains(name)).take(args.n as usize);
     let clones: Vec<_> = free.map(|(number, name)| (start(args, state, &dir, number, &name), name)).collect();

@@ -373,8 +373,10 @@ impl Vm {
         self.control.send(Message::Capture { memory, kind, reply }).map_err(|_| VmError::Gone)?;
         let captured = answer.recv().map_err(|_| VmError::Gone)??;
         let (report, base) = draft.finish(captured)?;
-        // It fails only when the machine has ended.
-        _ = self.control.send(Message::Captured(base));
+        if kind != SnapshotKind::Clones {
+            // It fails only when the machine has ended.
+            _ = self.control.send(Message::Captured(base));
+        }
         Ok(report)
     }
 
@@ -608,7 +610,7 @@ impl Control {
         let sections = machine.save(exit_status).map_err(SnapshotFailed::Save)?;
         machine.take_dirty_pages()?;
         let diff = match (kind, &machine.tracking) {
-            (SnapshotKind::Full, _) => None,
+            (SnapshotKind::Full | SnapshotKind::Clones, _) => None,
             (SnapshotKind::Diff, Some(Tracking { base: Some(base), pending })) => {
                 Some((base.clone(), pending.clone()))
             }

@@ -44,6 +44,9 @@ pub enum SnapshotKind {
     /// The pages that were written since the machine's last snapshot, or since it was restored from one. It needs
     /// [`VmConfig::track_dirty`].
     Diff,
+    /// All of it, for machines that are restored at once and a snapshot that is then removed: the next diff is not one to
+    /// this.
+    Clones,
 }
 
 /// What a restored guest makes of the time that it slept.

@@ -16,7 +16,7 @@ const RAM: u64 = 128 * MIB;
 /// and has what its devices have in flight.
 const OWN_MEMORY: u64 = 32 * MIB;
 /// What it may say of a guest's mistakes.
-const STDERR: usize = 16 << 10;
+const STDERR: usize = 32 << 10;
 /// Only there to end a hang.
 const DEADLINE: Duration = Duration::from_secs(300);
 /// What the program in the guest does to each device.

@@ -24,7 +24,7 @@ fn file(bytes: &[u8]) -> (File, PathBuf) {
 fuzz_target!(|input: (u8, &[u8], &[u8])| {
     let (protocol, image, initrd) = input;
     let protocol = [BootProtocol::Auto, BootProtocol::Linux, BootProtocol::Pvh][usize::from(protocol % 3)];
-    let ram = GuestRam::new(RAM, Backing::default()).expect("a few MiB of memory");
+    let ram = GuestRam::new(RAM, Backing::default(), None).expect("a few MiB of memory");
     let (_image, path) = file(image);
     let Ok(kernel) = kernel::load(ram.memory(), &path, protocol) else { return };
     assert!(kernel.end <= RAM, "the kernel ends in memory");

@@ -5,6 +5,7 @@ mod check;
 mod completion;
 mod detach;
 mod device_flags;
+mod fork;
 mod host;
 mod machines;
 mod man;
@@ -49,7 +50,7 @@ enum Command {
     Check(check::CheckArgs),
     Restore(Box<restore::RestoreArgs>),
     Snapshot(snapshot::SnapshotArgs),
-    Fork(snapshot::ForkArgs),
+    Fork(fork::ForkArgs),
     Api(api::ApiArgs),
     Completion(completion::CompletionArgs),
     Man(man::ManArgs),
@@ -107,7 +108,7 @@ fn dispatch(command: Command, start: Instant) -> anyhow::Result<ExitStatus> {
         Command::Run(args) => run::run(&args, start),
         Command::Restore(args) => restore::run(&args, start),
         Command::Snapshot(args) => snapshot::run(&args),
-        Command::Fork(args) => snapshot::fork(&args),
+        Command::Fork(args) => fork::run(&args),
         Command::Api(args) => api::run(&args, start),
         Command::Check(args) => check::run(&args),
         Command::Completion(args) => completion::run(&args),

@@ -22,6 +22,8 @@ pub mod x86_64;
 
 mod builder;
 mod bus;
+mod capture;
+mod control;
 mod machine;
 mod runner;
 mod spans;

@@ -15,6 +15,7 @@ use tracing::Span;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::console::{ConsoleInput, OutputControl};
+use crate::control::Message;
 use crate::event::{Journal, What};
 use crate::exits::ExitLog;
 use crate::hypervisor::saved::{ClockState, VcpuClock};
@@ -26,7 +27,7 @@ use crate::snapshot::state_file::{SectionError, Sections};
 use crate::snapshot::{Base, ClockMode, GenerationId};
 use crate::spans;
 use crate::vcpu::{Buses, VcpuEnd, VcpuThread, Watch};
-use crate::vm::{Message, VmError};
+use crate::vm::VmError;
 use crate::x86_64::layout;
 
 /// A point in a machine's life whose time is kept.

@@ -1,11 +1,11 @@
-//! The handle to a virtual machine, and the control thread behind it that owns its state.
+//! The handle to a virtual machine. The control thread behind it owns the machine.
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use devices::model::{Counters, UpdateError};
 use devices::registry::{DeviceConfig, Patch};
@@ -13,19 +13,15 @@ use devices::registry::{DeviceConfig, Patch};
 use crate::VmBuilder;
 use crate::config::VmConfig;
 use crate::console::{ConsoleInput, ConsoleReader};
-use crate::diagnosis;
-use crate::event::{Events, Journal, What};
+use crate::control::{Command, Control, Message, Shared};
+use crate::event::{Events, What};
 use crate::exits::{ExitCount, ExitLog};
 use crate::hypervisor::HvError;
-use crate::machine::{Inbox, Machine, Milestones, Reported, Tracking, Usage};
+use crate::machine::{Inbox, Machine, Milestones, Usage};
 use crate::runner::{RunnerError, UnitHandle, UpdateFailed};
-use crate::snapshot::memory_file::{self, Which};
-use crate::snapshot::{
-    Base, Captured, Draft, MemoryTarget, Place, Snapshot, SnapshotFailed, SnapshotKind, SnapshotReport,
-};
+use crate::snapshot::{Draft, Place, Snapshot, SnapshotFailed, SnapshotKind, SnapshotReport};
 use crate::spans;
 use crate::state::{IllegalTransition, StopReason, VmState};
-use crate::vcpu::VcpuEnd;
 
 /// A call on a [`Vm`] that failed.
 #[derive(Debug, thiserror::Error)]
@@ -86,75 +82,6 @@ pub struct DeviceStatus {
     pub kind: &'static str,
     /// What it has counted since the machine was built.
     pub counters: Arc<Counters>,
-}
-
-/// What the control thread is asked to do.
-#[derive(Clone, Debug)]
-pub(crate) enum Command {
-    Start,
-    Pause,
-    Resume,
-    Kill,
-    Stop { grace: Duration },
-    PowerButton,
-    Update { name: String, patch: Patch },
-}
-
-/// What reaches the control thread.
-pub(crate) enum Message {
-    Command(Command, Sender<Result<(), VmError>>),
-    Usage(Sender<Usage>),
-    /// Save the machine's state, and its memory to this file.
-    Capture {
-        memory: MemoryTarget,
-        kind: SnapshotKind,
-        reply: Sender<Result<Captured, VmError>>,
-    },
-    /// What was captured last is in this snapshot.
-    Captured(Base),
-    /// Devices have put something into the inbox.
-    Reported,
-    VcpuEnded(u8, VcpuEnd),
-    /// The thread of this name died of a panic.
-    ThreadPanicked(String),
-}
-
-/// How long a guest whose kernel panicked has to print its last words and reset itself.
-const PANIC_GRACE: Duration = Duration::from_secs(1);
-/// How soon after a kernel's last words on the console a reset is part of its panic.
-const LAST_WORDS_GRACE: Duration = Duration::from_secs(10);
-
-/// State that handles can look at while the control thread works.
-struct Shared {
-    state: Mutex<VmState>,
-    changed: Condvar,
-    config: Mutex<VmConfig>,
-    aliases: BTreeMap<String, String>,
-    journal: Arc<Journal>,
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, VmState> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    fn config(&self) -> MutexGuard<'_, VmConfig> {
-        self.config.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    fn transition(&self, to: VmState) -> Result<(), IllegalTransition> {
-        let mut state = self.lock();
-        state.transition(to.clone())?;
-        self.enter(state, to);
-        Ok(())
-    }
-
-    /// Tells everybody about the new state. Under its lock, so that the journal has the states in their order.
-    fn enter(&self, state: MutexGuard<'_, VmState>, new: VmState) {
-        self.journal.record(What::State(new));
-        drop(state);
-        self.changed.notify_all();
-    }
 }
 
 /// A virtual machine. All methods can be called from any thread; dropping it stops the machine and waits until its
@@ -465,233 +392,5 @@ impl Drop for Vm {
         if let Some(thread) = self.thread.take() {
             _ = thread.join();
         }
-    }
-}
-
-/// The control thread: the only one that changes the machine's state.
-struct Control {
-    /// Gone once the machine has stopped.
-    machine: Option<Machine>,
-    shared: Arc<Shared>,
-    inbox: Arc<Inbox>,
-    /// When the guest's kernel panicked.
-    panicked: Option<Instant>,
-    /// When a kernel's last words were seen on the console.
-    last_words: Option<Instant>,
-    /// When the guest is to be gone that was asked to switch itself off.
-    kill_at: Option<Instant>,
-}
-
-impl Control {
-    /// Works until the machine has stopped; dropping the receiver tells later callers.
-    fn serve(mut self, messages: &Receiver<Message>) {
-        while self.machine.is_some() {
-            let end = self.end_by_itself();
-            let left = end.as_ref().map(|(at, _)| at.checked_duration_since(Instant::now()));
-            let message = match left {
-                None => messages.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(Some(left)) => messages.recv_timeout(left),
-                // However much there still is to read.
-                Some(None) => Err(RecvTimeoutError::Timeout),
-            };
-            match message {
-                Ok(Message::Command(command, reply)) => {
-                    // The caller may have given up.
-                    _ = reply.send(self.command(command));
-                }
-                Ok(Message::Usage(reply)) => {
-                    // The caller may have given up; without a machine, its channel ends.
-                    _ = self.machine.as_ref().map(|machine| reply.send(machine.usage()));
-                }
-                Ok(Message::Capture { memory, kind, reply }) => _ = reply.send(self.capture(&memory, kind)),
-                Ok(Message::Captured(base)) => self.captured(base),
-                Ok(Message::Reported) => self.reported(),
-                Ok(Message::VcpuEnded(id, end)) => self.vcpu_ended(id, end),
-                Ok(Message::ThreadPanicked(name)) => {
-                    self.stop(StopReason::Failed(format!("a bug: the thread {name} panicked")));
-                }
-                Err(RecvTimeoutError::Timeout) => {
-                    self.stop(end.map_or(StopReason::Requested, |(_, reason)| reason));
-                }
-                Err(RecvTimeoutError::Disconnected) => self.stop(StopReason::Requested),
-            }
-        }
-    }
-
-    /// When, and why, the machine ends if nothing else ends it before.
-    fn end_by_itself(&self) -> Option<(Instant, StopReason)> {
-        let paused = *self.shared.lock() == VmState::Paused;
-        let panic = self.panicked.filter(|_| !paused).map(|at| (at + PANIC_GRACE, StopReason::GuestPanic));
-        let killed = self.kill_at.map(|at| (at, StopReason::Requested));
-        panic.into_iter().chain(killed).min_by_key(|&(at, _)| at)
-    }
-
-    fn command(&mut self, command: Command) -> Result<(), VmError> {
-        let machine = self.machine.as_mut().ok_or(VmError::Gone)?;
-        match command {
-            Command::Start => {
-                self.shared.lock().expect(&VmState::Created, VmState::Running)?;
-                self.shared.transition(VmState::Running)?;
-                if let Err(error) = machine.start() {
-                    self.stop(StopReason::Failed(error.to_string()));
-                    return Err(error.into());
-                }
-            }
-            Command::Pause => {
-                self.shared.lock().expect(&VmState::Running, VmState::Paused)?;
-                machine.pause()?;
-                self.shared.transition(VmState::Paused)?;
-            }
-            Command::Resume => {
-                self.shared.lock().expect(&VmState::Paused, VmState::Running)?;
-                machine.resume()?;
-                self.shared.transition(VmState::Running)?;
-            }
-            Command::Kill => self.stop(StopReason::Requested),
-            Command::Stop { grace } => {
-                let running = *self.shared.lock() == VmState::Running;
-                if !running || grace.is_zero() {
-                    self.stop(StopReason::Requested);
-                } else {
-                    machine.power_button.trigger();
-                    // Beyond what a clock can say there is no deadline.
-                    let at = Instant::now().checked_add(grace);
-                    self.kill_at = self.kill_at.into_iter().chain(at).min();
-                }
-            }
-            Command::PowerButton => machine.power_button.trigger(),
-            Command::Update { name, patch } => {
-                let mut config = self.shared.config();
-                let names = config.device_names();
-                let known = match names.is_empty() {
-                    true => "it has none".into(),
-                    false => format!("there are {}", names.join(", ")),
-                };
-                let at = names.iter().position(|known| *known == name);
-                let at = at.ok_or(VmError::NoDevice { name, known })?;
-                let update = config.devices[at].patched(&patch)?;
-                machine.units[at].1.update(&update)?;
-                config.devices[at] = update.config;
-                let device = names[at].clone();
-                self.shared.journal.record(What::Updated { device });
-            }
-        }
-        Ok(())
-    }
-
-    fn capture(&mut self, memory: &MemoryTarget, kind: SnapshotKind) -> Result<Captured, VmError> {
-        let machine = self.machine.as_mut().ok_or(VmError::Gone)?;
-        let config = self.shared.config().clone();
-        let running = match &*self.shared.lock() {
-            VmState::Running => true,
-            VmState::Paused => false,
-            state => return Err(SnapshotFailed::NotRunning { state: state.name() }.into()),
-        };
-        let start = Instant::now();
-        if running {
-            machine.pause()?;
-        }
-        let captured = Self::save(machine, memory, kind, config, self.inbox.exit_status());
-        if running {
-            machine.resume()?;
-        }
-        let aliases = self.shared.aliases.clone();
-        Ok(Captured { paused: start.elapsed(), aliases, ..captured? })
-    }
-
-    /// Saves a machine that stands still.
-    fn save(
-        machine: &mut Machine,
-        memory: &MemoryTarget,
-        kind: SnapshotKind,
-        config: VmConfig,
-        exit_status: Option<u8>,
-    ) -> Result<Captured, VmError> {
-        let sections = machine.save(exit_status).map_err(SnapshotFailed::Save)?;
-        machine.take_dirty_pages()?;
-        let diff = match (kind, &machine.tracking) {
-            (SnapshotKind::Full | SnapshotKind::Clones, _) => None,
-            (SnapshotKind::Diff, Some(Tracking { base: Some(base), pending })) => {
-                Some((base.clone(), pending.clone()))
-            }
-            (SnapshotKind::Diff, tracking) => {
-                let remedy = match tracking {
-                    Some(_) => "make a full snapshot first",
-                    None => "start it with --track-dirty",
-                };
-                return Err(SnapshotFailed::NoBase { remedy }.into());
-            }
-        };
-        let which = match &diff {
-            None => Which::All,
-            Some((_, pages)) if memory.exactly => Which::Exactly(pages),
-            Some((_, pages)) => Which::Only(pages),
-        };
-        let written = memory_file::write(&machine.ram, which, &memory.file)
-            .map_err(|source| SnapshotFailed::Io { action: "write", path: "memory".into(), source })?;
-        Ok(Captured { sections, written, config, aliases: BTreeMap::new(), paused: Duration::ZERO, diff })
-    }
-
-    /// The pages that were dirty when the machine was captured are in the snapshot `base`.
-    fn captured(&mut self, base: Base) {
-        if let Some(tracking) = self.machine.as_mut().and_then(|machine| machine.tracking.as_mut()) {
-            tracking.pending.clear();
-            tracking.base = Some(base);
-        }
-    }
-
-    fn reported(&mut self) {
-        let reported = self.inbox.take();
-        self.note_panic(reported);
-        if reported.power_off {
-            self.stop(StopReason::GuestPowerOff);
-        } else if reported.reset {
-            self.stop(StopReason::GuestReset);
-        }
-    }
-
-    fn note_panic(&mut self, reported: Reported) {
-        if reported.panicked {
-            self.panicked.get_or_insert_with(|| {
-                self.shared.journal.record(What::GuestPanic);
-                Instant::now()
-            });
-        }
-        if reported.last_words {
-            self.last_words = Some(Instant::now());
-        }
-    }
-
-    fn vcpu_ended(&mut self, id: u8, end: VcpuEnd) {
-        let reason = match end {
-            VcpuEnd::Told => return,
-            VcpuEnd::Shutdown => StopReason::GuestReset,
-            VcpuEnd::Failed(failure) => {
-                let hardware = diagnosis::has_hardware_virtualisation();
-                StopReason::Failed(diagnosis::explain(id, &failure, hardware))
-            }
-            VcpuEnd::Hypervisor(error) => StopReason::Failed(error.to_string()),
-            VcpuEnd::Panicked => StopReason::Failed(format!("a bug: the thread of vCPU {id} panicked")),
-        };
-        self.stop(reason);
-    }
-
-    /// Takes the machine down. What a panicked guest does next is part of its panic.
-    fn stop(&mut self, reason: StopReason) {
-        let Some(machine) = self.machine.take() else { return };
-        self.note_panic(self.inbox.take());
-        let last_words = self.last_words.is_some_and(|at| at.elapsed() < LAST_WORDS_GRACE);
-        let reason = match reason {
-            StopReason::GuestReset | StopReason::GuestPowerOff if self.panicked.is_some() => {
-                StopReason::GuestPanic
-            }
-            // Anybody can print the words, but with a reset right after them they were a kernel's.
-            StopReason::GuestReset if last_words => StopReason::GuestPanic,
-            reason => reason,
-        };
-        // From every state in which there still is a machine, the diagram goes to `Stopping`.
-        _ = self.shared.transition(VmState::Stopping);
-        drop(machine);
-        _ = self.shared.transition(VmState::Stopped(reason));
     }
 }

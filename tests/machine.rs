@@ -1,6 +1,7 @@
 //! Whole machines on the fake hypervisor: builder, buses, runner, state machine and errors, without KVM.
 
 use std::io::{Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use vmm_core::devices::registry::{DeviceConfig, Patch};
 use vmm_core::devices::virtio::rng;
 use vmm_core::hypervisor::VcpuFailure;
 use vmm_core::hypervisor::fake::{FakeHypervisor, Step};
-use vmm_core::{StopReason, Vm, VmConfig, VmState};
+use vmm_core::{SnapshotKind, StopReason, Vm, VmConfig, VmError, VmState};
 
 /// Only ends a hang.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -381,4 +382,34 @@ fn a_guest_that_does_not_listen_to_the_power_button_is_killed_at_the_deadline() 
     vm.start().unwrap();
     [Duration::MAX, Duration::from_millis(20), DEADLINE].into_iter().for_each(|it| vm.request_stop(it));
     assert_eq!(vm.wait(), StopReason::Requested);
+}
+
+#[test]
+fn a_machine_that_is_killed_while_it_is_saved_ends_and_leaves_no_draft() {
+    // Enough that it takes a while.
+    let script = vec![Step::Poke(16 << 20, vec![7; 96 << 20])];
+    let (vm, hypervisor, dir) = machine(script, |_| ());
+    vm.start().unwrap();
+    while hypervisor.steps_done() == 0 {
+        std::thread::yield_now();
+    }
+    let place = dir.path().join("saved");
+    std::thread::scope(|scope| {
+        let saving = scope.spawn(|| vm.snapshot(&place, SnapshotKind::Full));
+        let is_draft = |entry: std::fs::DirEntry| {
+            std::fs::metadata(entry.path().join("memory")).is_ok_and(|memory| memory.blocks() > 0)
+        };
+        while !std::fs::read_dir(dir.path()).unwrap().flatten().any(is_draft) && !saving.is_finished() {
+            std::thread::yield_now();
+        }
+        vm.kill();
+        assert_eq!(vm.wait_timeout(DEADLINE), Some(StopReason::Requested));
+        let saved = saving.join().unwrap();
+        assert!(matches!(saved, Ok(_) | Err(VmError::Gone)), "{saved:?}");
+        let names = std::fs::read_dir(dir.path()).unwrap().flatten().map(|entry| entry.file_name());
+        let mut names: Vec<_> = names.collect();
+        names.sort();
+        let want: &[&str] = if saved.is_ok() { &["kernel", "saved"] } else { &["kernel"] };
+        assert_eq!(names, want);
+    });
 }

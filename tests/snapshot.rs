@@ -19,6 +19,14 @@ const CHECK: &str = "sum() { md5sum < /tmp/m | cut -c1-32; }; head -c 16777216 /
      dd if=/dev/urandom of=/tmp/m bs=64k count=4 seek=$((i*7%252)) conv=notrunc 2>/dev/null; \
      was=$(sum); echo right $i; done";
 
+/// The same, with pages of zeroes among the changes, and another program that writes all the time.
+const HARD: &str = "(while :; do for from in urandom zero; do dd if=/dev/$from of=/tmp/h bs=1M count=8 conv=notrunc; done; done) \
+     2>/dev/null & sum() { md5sum < /tmp/m | cut -c1-32; }; head -c 16777216 /dev/urandom > /tmp/m; was=$(sum); i=0; \
+     while i=$((i+1)); do [ $(sum) = $was ] || { echo wrong $i; exit 1; }; \
+     from=/dev/urandom; [ $((i%3)) = 0 ] && from=/dev/zero; \
+     dd if=$from of=/tmp/m bs=64k count=16 seek=$((i*7%240)) conv=notrunc 2>/dev/null; \
+     was=$(sum); echo right $i; done";
+
 fn machines() -> Result<Machines> {
     Machines::new(env!("CARGO_BIN_EXE_vmm"))
 }
@@ -94,6 +102,36 @@ fn every_link_of_a_chain_of_diffs_is_right() -> Result<()> {
     state.ok("snapshot d --to e --diff")?;
     state.ok("restore e --detach --name e")?;
     wait_numbers(&state, "e", "right ", 3)?;
+    Ok(())
+}
+
+/// Waits until a machine that was restored has gone on for a while.
+fn goes_on(state: &Machines, from: &str, how: &str) -> Result<()> {
+    state.ok(&format!("restore {from} --detach --name {from} {how}"))?;
+    wait_numbers(state, from, "right ", 3)?;
+    state.ok(&format!("kill {from}")).map(drop)
+}
+
+#[test]
+fn memory_that_is_written_hard_while_it_is_saved_is_right() -> Result<()> {
+    let state = machines()?;
+    start(&state, "run -q --detach --name plain", HARD)?;
+    start(&state, "run -q --detach --name tracked --track-dirty --mem-shared", HARD)?;
+    for (name, to, how) in
+        [("plain", "a", ""), ("tracked", "b", ""), ("tracked", "c", "--diff"), ("tracked", "d", "--diff")]
+    {
+        let now = numbers(&state.ok(&format!("logs {name}"))?, "right ").len();
+        wait_numbers(&state, name, "right ", now + 2)?;
+        state.ok(&format!("snapshot {name} --to {to} {how}"))?;
+    }
+    for name in ["plain", "tracked"] {
+        let now = numbers(&state.ok(&format!("logs {name}"))?, "right ").len();
+        wait_numbers(&state, name, "right ", now + 1)?;
+        state.ok(&format!("kill {name}"))?;
+    }
+    for from in ["a", "b", "c", "d"] {
+        goes_on(&state, from, "")?;
+    }
     Ok(())
 }
 

@@ -1,30 +1,138 @@
-//! What the control thread does for a snapshot: it lets the machine stand still, and takes its state and its memory.
+//! Saving a machine: its memory is written while it runs, and then the control thread lets it stand still, and takes its
+//! state and what of the memory has been written meanwhile.
 
 use std::collections::BTreeMap;
+use std::io;
+use std::sync::mpsc::{self, Sender};
 use std::time::{Duration, Instant};
 
 use crate::config::VmConfig;
-use crate::control::Control;
+use crate::control::{Control, Message};
 use crate::machine::{Machine, Tracking};
-use crate::snapshot::memory_file::{self, Which};
-use crate::snapshot::{Base, Captured, MemoryTarget, SnapshotFailed, SnapshotKind};
+use crate::memory::GuestRam;
+use crate::snapshot::memory_file::Pages;
+use crate::snapshot::memory_writer::{MemoryWriter, touched};
+use crate::snapshot::{Base, Captured, SnapshotFailed, SnapshotKind};
 use crate::state::VmState;
 use crate::vm::VmError;
 
+/// Memory that can be written while its machine runs.
+pub(crate) struct Running {
+    pub ram: GuestRam,
+    /// What a diff has so far.
+    pub pending: Option<Pages>,
+}
+
+/// What a snapshot does, on its caller's thread, before the machine stands still. Until it is dropped, writes are logged.
+pub(crate) struct Ahead<'a> {
+    control: &'a Sender<Message>,
+    running: Running,
+}
+
+impl<'a> Ahead<'a> {
+    /// Begins to log what is written; `None` if the machine stands still anyway.
+    pub fn begin(control: &'a Sender<Message>, kind: SnapshotKind) -> Result<Option<Self>, VmError> {
+        let running = ask(control, |reply| Message::BeginAhead { kind, reply })?;
+        Ok(running.map(|running| Self { control, running }))
+    }
+
+    /// Writes the memory, and then what was written meanwhile. A third time would hardly find less.
+    pub fn write(&self, memory: &mut MemoryWriter, go_on: &dyn Fn() -> bool) -> Result<(), VmError> {
+        let Running { ram, pending } = &self.running;
+        let gone = |error: io::Error| match go_on() {
+            true => failed(error),
+            false => VmError::Gone,
+        };
+        let first = match pending {
+            Some(pages) => pages.clone(),
+            None => touched(ram).map_err(failed)?,
+        };
+        memory.write(ram, &first, go_on).map_err(gone)?;
+        memory.sync().map_err(failed)?;
+        let again = ask(self.control, Message::DirtyPages)?;
+        memory.write(ram, &again, go_on).map_err(gone)
+    }
+}
+
+impl Drop for Ahead<'_> {
+    fn drop(&mut self) {
+        // It fails only when the machine has ended.
+        _ = self.control.send(Message::EndAhead);
+    }
+}
+
+/// Asks the control thread.
+pub(crate) fn ask<T>(
+    control: &Sender<Message>,
+    question: impl FnOnce(Sender<Result<T, VmError>>) -> Message,
+) -> Result<T, VmError> {
+    let (reply, answer) = mpsc::channel();
+    control.send(question(reply)).map_err(|_| VmError::Gone)?;
+    answer.recv().map_err(|_| VmError::Gone)?
+}
+
+fn failed(source: io::Error) -> VmError {
+    SnapshotFailed::Io { action: "write", path: "memory".into(), source }.into()
+}
+
 impl Control {
-    pub fn capture(&mut self, memory: &MemoryTarget, kind: SnapshotKind) -> Result<Captured, VmError> {
+    /// Begins to log what a running machine writes.
+    pub fn begin_ahead(&mut self, kind: SnapshotKind) -> Result<Option<Running>, VmError> {
+        let is_running = self.can_be_saved()?;
+        let machine = self.machine.as_mut().ok_or(VmError::Gone)?;
+        base(machine, kind)?;
+        if !is_running {
+            return Ok(None);
+        }
+        machine.begin_log()?;
+        let dirty = machine.take_dirty_pages();
+        if dirty.is_err() {
+            machine.end_log()?;
+        }
+        dirty?;
+        let pending = match (kind, &machine.tracking) {
+            (SnapshotKind::Diff, Some(tracking)) => Some(tracking.pending.clone()),
+            _ => None,
+        };
+        Ok(Some(Running { ram: machine.ram.clone(), pending }))
+    }
+
+    /// What was written since the last call.
+    pub fn dirty_pages(&mut self) -> Result<Pages, VmError> {
+        Ok(self.machine.as_mut().ok_or(VmError::Gone)?.take_dirty_pages()?)
+    }
+
+    /// Ends what [`Self::begin_ahead`] has begun.
+    pub fn end_ahead(&self) {
+        if let Some(Err(error)) = self.machine.as_ref().map(Machine::end_log) {
+            tracing::warn!(%error, "what the guest writes is still logged");
+        }
+    }
+
+    /// Whether the machine runs; fails if it has nothing to save.
+    fn can_be_saved(&self) -> Result<bool, SnapshotFailed> {
+        match &*self.shared.lock() {
+            VmState::Running => Ok(true),
+            VmState::Paused => Ok(false),
+            state => Err(SnapshotFailed::NotRunning { state: state.name() }),
+        }
+    }
+
+    /// Saves the machine. Of its memory, what is not in `memory` yet is written: with `ahead` only what the log has.
+    pub fn capture(
+        &mut self,
+        memory: &mut MemoryWriter,
+        ahead: bool,
+        kind: SnapshotKind,
+    ) -> Result<Captured, VmError> {
+        let running = self.can_be_saved()?;
         let machine = self.machine.as_mut().ok_or(VmError::Gone)?;
         let config = self.shared.config().clone();
-        let running = match &*self.shared.lock() {
-            VmState::Running => true,
-            VmState::Paused => false,
-            state => return Err(SnapshotFailed::NotRunning { state: state.name() }.into()),
-        };
         let start = Instant::now();
         if running {
             machine.pause()?;
         }
-        let captured = Self::save(machine, memory, kind, config, self.inbox.exit_status());
+        let captured = Self::save(machine, memory, ahead, kind, config, self.inbox.exit_status());
         if running {
             machine.resume()?;
         }
@@ -35,34 +143,27 @@ impl Control {
     /// Saves a machine that stands still.
     fn save(
         machine: &mut Machine,
-        memory: &MemoryTarget,
+        memory: &mut MemoryWriter,
+        ahead: bool,
         kind: SnapshotKind,
         config: VmConfig,
         exit_status: Option<u8>,
     ) -> Result<Captured, VmError> {
         let sections = machine.save(exit_status).map_err(SnapshotFailed::Save)?;
-        machine.take_dirty_pages()?;
-        let diff = match (kind, &machine.tracking) {
-            (SnapshotKind::Full | SnapshotKind::Clones, _) => None,
-            (SnapshotKind::Diff, Some(Tracking { base: Some(base), pending })) => {
-                Some((base.clone(), pending.clone()))
-            }
-            (SnapshotKind::Diff, tracking) => {
-                let remedy = match tracking {
-                    Some(_) => "make a full snapshot first",
-                    None => "start it with --track-dirty",
-                };
-                return Err(SnapshotFailed::NoBase { remedy }.into());
-            }
+        // There are logs of a machine that is tracked, or whose memory was written while it ran.
+        let fresh = match ahead || machine.tracking.is_some() {
+            true => Some(machine.take_dirty_pages()?),
+            false => None,
         };
-        let which = match &diff {
-            None => Which::All,
-            Some((_, pages)) if memory.exactly => Which::Exactly(pages),
-            Some((_, pages)) => Which::Only(pages),
+        let diff = base(machine, kind)?;
+        let pages = match (fresh.filter(|_| ahead), &diff) {
+            (Some(fresh), _) => fresh,
+            (None, Some((_, pages))) => pages.clone(),
+            (None, None) => touched(&machine.ram).map_err(failed)?,
         };
-        let written = memory_file::write(&machine.ram, which, &memory.file)
-            .map_err(|source| SnapshotFailed::Io { action: "write", path: "memory".into(), source })?;
-        Ok(Captured { sections, written, config, aliases: BTreeMap::new(), paused: Duration::ZERO, diff })
+        memory.write(&machine.ram, &pages, &|| true).map_err(failed)?;
+        let (written, aliases) = (memory.written(), BTreeMap::new());
+        Ok(Captured { sections, written, config, aliases, paused: Duration::ZERO, diff })
     }
 
     /// The pages that were dirty when the machine was captured are in the snapshot `base`.
@@ -71,5 +172,17 @@ impl Control {
             tracking.pending.clear();
             tracking.base = Some(base);
         }
+    }
+}
+
+/// What a snapshot of this kind is a difference to, and in which pages so far.
+fn base(machine: &Machine, kind: SnapshotKind) -> Result<Option<(Base, Pages)>, SnapshotFailed> {
+    match (kind, &machine.tracking) {
+        (SnapshotKind::Full | SnapshotKind::Clones, _) => Ok(None),
+        (SnapshotKind::Diff, Some(Tracking { base: Some(base), pending })) => {
+            Ok(Some((base.clone(), pending.clone())))
+        }
+        (SnapshotKind::Diff, Some(_)) => Err(SnapshotFailed::NoBase { remedy: "make a full snapshot first" }),
+        (SnapshotKind::Diff, None) => Err(SnapshotFailed::NoBase { remedy: "start it with --track-dirty" }),
     }
 }

@@ -260,7 +260,7 @@ impl VmConfig {
 
     /// How the RAM is kept on the host.
     pub fn backing(&self) -> Backing {
-        Backing { huge_pages: self.hugepages, shared: self.mem_shared, track_dirty: self.track_dirty }
+        Backing { huge_pages: self.hugepages, shared: self.mem_shared }
     }
 
     /// What each device is called: its id, or its kind and its number among those of its kind, such as `disk0`.

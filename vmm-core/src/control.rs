@@ -7,11 +7,14 @@ use std::time::{Duration, Instant};
 
 use devices::registry::Patch;
 
+use crate::capture::Running;
 use crate::config::VmConfig;
 use crate::diagnosis;
 use crate::event::{Journal, What};
 use crate::machine::{Inbox, Machine, Reported, Usage};
-use crate::snapshot::{Base, Captured, MemoryTarget, SnapshotKind};
+use crate::snapshot::memory_file::Pages;
+use crate::snapshot::memory_writer::MemoryWriter;
+use crate::snapshot::{Base, Captured, SnapshotKind};
 use crate::state::{IllegalTransition, StopReason, VmState};
 use crate::vcpu::VcpuEnd;
 use crate::vm::VmError;
@@ -32,9 +35,19 @@ pub(crate) enum Command {
 pub(crate) enum Message {
     Command(Command, Sender<Result<(), VmError>>),
     Usage(Sender<Usage>),
-    /// Save the machine's state, and its memory to this file.
+    /// Begin to log what is written, for a snapshot whose memory is written while the machine runs.
+    BeginAhead {
+        kind: SnapshotKind,
+        reply: Sender<Result<Option<Running>, VmError>>,
+    },
+    /// What was written since the last call.
+    DirtyPages(Sender<Result<Pages, VmError>>),
+    /// That snapshot is made, or has failed.
+    EndAhead,
+    /// Save the machine's state, and what of its memory is not written yet.
     Capture {
-        memory: MemoryTarget,
+        memory: MemoryWriter,
+        ahead: bool,
         kind: SnapshotKind,
         reply: Sender<Result<Captured, VmError>>,
     },
@@ -120,7 +133,12 @@ impl Control {
                     // The caller may have given up; without a machine, its channel ends.
                     _ = self.machine.as_ref().map(|machine| reply.send(machine.usage()));
                 }
-                Ok(Message::Capture { memory, kind, reply }) => _ = reply.send(self.capture(&memory, kind)),
+                Ok(Message::BeginAhead { kind, reply }) => _ = reply.send(self.begin_ahead(kind)),
+                Ok(Message::DirtyPages(reply)) => _ = reply.send(self.dirty_pages()),
+                Ok(Message::EndAhead) => self.end_ahead(),
+                Ok(Message::Capture { mut memory, ahead, kind, reply }) => {
+                    _ = reply.send(self.capture(&mut memory, ahead, kind));
+                }
                 Ok(Message::Captured(base)) => self.captured(base),
                 Ok(Message::Reported) => self.reported(),
                 Ok(Message::VcpuEnded(id, end)) => self.vcpu_ended(id, end),

@@ -22,7 +22,7 @@ use crate::hypervisor::saved::{ClockState, VcpuClock};
 use crate::hypervisor::{HvError, HvVm, Vcpu};
 use crate::memory::GuestRam;
 use crate::runner::{Runner, RunnerError, UnitHandle};
-use crate::snapshot::memory_file::{PAGE, Pages};
+use crate::snapshot::memory_file::Pages;
 use crate::snapshot::state_file::{SectionError, Sections};
 use crate::snapshot::{Base, ClockMode, GenerationId};
 use crate::spans;
@@ -409,21 +409,39 @@ impl Machine {
         idle.chain(parked).collect()
     }
 
-    /// Takes what was written since the last call from the logs.
-    pub fn take_dirty_pages(&mut self) -> Result<(), HvError> {
-        let Some(tracking) = &mut self.tracking else { return Ok(()) };
-        self.ram.take_dirty_pages(&mut tracking.pending);
-        let mut start = 0;
-        for (slot, region) in self.ram.regions().enumerate() {
-            let log = self.vm.take_dirty_pages(slot as u32, region.len)?;
-            for (word, bits) in log.into_iter().enumerate().filter(|(_, bits)| *bits != 0) {
-                for bit in (0..64).filter(|bit| bits & 1 << bit != 0) {
-                    tracking.pending.add(start + (word as u64 * 64 + bit) * PAGE);
-                }
-            }
-            start += region.len;
+    /// Begins to log what is written, unless that is done all the time.
+    pub fn begin_log(&mut self) -> Result<(), HvError> {
+        if self.tracking.is_none() {
+            self.vm.log_dirty_pages(true)?;
+            // What the VMM wrote before.
+            self.ram.take_dirty_pages(&mut Pages::none(self.ram.size()));
         }
         Ok(())
+    }
+
+    /// Ends what [`Self::begin_log`] began.
+    pub fn end_log(&self) -> Result<(), HvError> {
+        match self.tracking {
+            Some(_) => Ok(()),
+            None => self.vm.log_dirty_pages(false),
+        }
+    }
+
+    /// Takes what was written since the last call from the logs. It is in [`Tracking::pending`], too.
+    pub fn take_dirty_pages(&mut self) -> Result<Pages, HvError> {
+        let mut pages = Pages::none(self.ram.size());
+        self.ram.take_dirty_pages(&mut pages);
+        let mut start = 0;
+        let logs = self.ram.regions().zip(0..).try_for_each(|(region, slot)| {
+            pages.add_bits(start, self.vm.take_dirty_pages(slot, region.len)?);
+            start += region.len;
+            Ok(())
+        });
+        // Also what was taken before an error: it is in no log any more.
+        if let Some(tracking) = &mut self.tracking {
+            tracking.pending.add_all(&pages);
+        }
+        logs.map(|()| pages)
     }
 
     /// Brings vCPUs, then devices, to a standstill.

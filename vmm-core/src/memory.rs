@@ -53,8 +53,6 @@ pub struct Backing {
     pub huge_pages: HugePages,
     /// In a memfd, mapped shared, so that it can be handed to another process.
     pub shared: bool,
-    /// What the VMM itself writes is kept in a bitmap.
-    pub track_dirty: bool,
 }
 
 /// The guest's RAM, populated as the guest touches it.
@@ -64,6 +62,8 @@ pub struct GuestRam {
     windows: Vec<Arc<MappedWindow>>,
     /// What is below pages that were not written, if they are no zeroes.
     image: Option<Arc<MemoryImage>>,
+    /// The file that it is in, if others may map that, too.
+    shared: Option<Arc<File>>,
 }
 
 /// One contiguous piece of memory in the guest's address space.
@@ -145,14 +145,17 @@ impl GuestRam {
         let mut offset = 0;
         let mut regions = Vec::new();
         for (base, len) in layout::ram_ranges(size) {
-            let dirty = backing.track_dirty.then(|| AtomicBitmap::new(len as usize, DIRTY_PAGE));
-            let mapping = map(len, &source, offset, reserved, dirty).map_err(error)?;
+            let mapping = map(len, &source, offset, reserved).map_err(error)?;
             let region = GuestRegionMmap::new(mapping, GuestAddress(base));
             regions.push(region.ok_or_else(|| error(io::ErrorKind::InvalidInput.into()))?);
             offset += len;
         }
         let memory = GuestMemory::from_regions(regions).map_err(|e| error(io::Error::other(e)))?;
-        let mut ram = Self { memory, windows: Vec::new(), image: None };
+        let shared = match source {
+            Source::Shared(file) => Some(file),
+            Source::Private(_) | Source::Zeroes => None,
+        };
+        let mut ram = Self { memory, windows: Vec::new(), image: None, shared };
         if let Some((image, _)) = &image {
             let is_mapped = mapped.is_some();
             ram.fill(image, is_mapped).map_err(RamError::Image)?;
@@ -182,16 +185,17 @@ impl GuestRam {
         self.image.as_deref()
     }
 
+    /// The file that it is in, if others may map that, too.
+    pub fn shared_file(&self) -> Option<&File> {
+        self.shared.as_deref()
+    }
+
     /// Adds the pages that the VMM itself wrote since the last call, by their place in all of the RAM.
     pub fn take_dirty_pages(&self, pages: &mut Pages) {
         let mut start = 0;
         for region in self.memory.iter() {
             if let Some(bitmap) = region.get_mmap().bitmap() {
-                for (word, bits) in bitmap.get_and_reset().into_iter().enumerate() {
-                    for bit in (0..64).filter(|bit| bits & 1 << bit != 0) {
-                        pages.add(start + (word as u64 * 64 + bit) * PAGE);
-                    }
-                }
+                pages.add_bits(start, bitmap.get_and_reset());
             }
             start += region.len();
         }
@@ -300,8 +304,9 @@ fn map(
     source: &Source,
     offset: u64,
     huge_pages: bool,
-    dirty: Option<AtomicBitmap>,
 ) -> io::Result<MmapRegion<Option<AtomicBitmap>>> {
+    // 32 KiB a GiB, for whatever the VMM writes: a snapshot may be made of any machine.
+    let dirty = Some(AtomicBitmap::new(len as usize, DIRTY_PAGE));
     // Huge pages are reserved as a whole, so that the guest never meets the end of the reserve.
     let reserve = if huge_pages { 0 } else { libc::MAP_NORESERVE };
     let kind = match (source, huge_pages) {

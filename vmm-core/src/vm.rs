@@ -11,6 +11,7 @@ use devices::model::{Counters, UpdateError};
 use devices::registry::{DeviceConfig, Patch};
 
 use crate::VmBuilder;
+use crate::capture::{self, Ahead};
 use crate::config::VmConfig;
 use crate::console::{ConsoleInput, ConsoleReader};
 use crate::control::{Command, Control, Message, Shared};
@@ -295,10 +296,13 @@ impl Vm {
     fn snapshot_at(&self, place: &Place, kind: SnapshotKind) -> Result<SnapshotReport, VmError> {
         let _one_at_a_time = self.snapshots.lock().unwrap_or_else(|e| e.into_inner());
         let draft = Draft::begin(place)?;
-        let memory = draft.memory().map_err(VmError::Snapshot)?;
-        let (reply, answer) = mpsc::channel();
-        self.control.send(Message::Capture { memory, kind, reply }).map_err(|_| VmError::Gone)?;
-        let captured = answer.recv().map_err(|_| VmError::Gone)??;
+        let mut memory = draft.memory(self.shared.config().memory.0, kind)?;
+        let ahead = Ahead::begin(&self.control, kind)?;
+        let goes_on = || !matches!(*self.shared.lock(), VmState::Stopping | VmState::Stopped(_));
+        ahead.iter().try_for_each(|ahead| ahead.write(&mut memory, &goes_on))?;
+        let capture = |reply| Message::Capture { memory, ahead: ahead.is_some(), kind, reply };
+        let captured = capture::ask(&self.control, capture)?;
+        drop(ahead);
         let (report, base) = draft.finish(captured)?;
         if kind != SnapshotKind::Clones {
             // It fails only when the machine has ended.

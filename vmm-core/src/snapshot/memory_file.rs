@@ -1,8 +1,5 @@
 //! The memory file: a guest's RAM as the host maps it, page for page, with holes for what is zero.
-#![allow(
-    unsafe_code,
-    reason = "RAM is written to a file from where it is mapped, and a file is mapped over RAM"
-)]
+#![allow(unsafe_code, reason = "a file is mapped over RAM, or read into it")]
 
 use std::fs::File;
 use std::io;
@@ -15,12 +12,12 @@ use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use serde::{Deserialize, Serialize};
 
-use crate::memory::{GuestRam, RamRegion};
+use crate::memory::RamRegion;
 
 /// Bytes of a page, the unit of everything here.
 pub const PAGE: u64 = 4096;
 /// What is written with one call at most.
-const MAX_WRITE: u64 = 1 << 20;
+pub(super) const MAX_WRITE: u64 = 1 << 20;
 /// How many pieces of diffs are mapped; more are copied, since a process can have about 65000 mappings.
 const MAX_MAPPED: usize = 4096;
 
@@ -77,6 +74,25 @@ impl Pages {
     pub fn contains(&self, offset: u64) -> bool {
         let page = offset / PAGE;
         self.bits.get((page / 64) as usize).is_some_and(|word| word & 1 << (page % 64) != 0)
+    }
+
+    /// Adds all pages of another set.
+    pub fn add_all(&mut self, other: &Self) {
+        self.bits.iter_mut().zip(&other.bits).for_each(|(word, more)| *word |= more);
+    }
+
+    /// Adds the pages that have a bit in `words`, of which the first stands for the page at `start`.
+    pub fn add_bits(&mut self, start: u64, words: impl IntoIterator<Item = u64>) {
+        for (i, word) in words.into_iter().enumerate().filter(|(_, word)| *word != 0) {
+            for bit in (0..64).filter(|bit| word & 1 << bit != 0) {
+                self.add(start + (i as u64 * 64 + bit) * PAGE);
+            }
+        }
+    }
+
+    /// Bytes of the memory that it is about, or some more.
+    pub fn bytes(&self) -> u64 {
+        self.bits.len() as u64 * 64 * PAGE
     }
 
     /// Takes all pages out.
@@ -216,7 +232,7 @@ impl MemoryImage {
     }
 
     /// Pages that may be other than zero.
-    fn data(&self) -> io::Result<Pages> {
+    pub(super) fn data(&self) -> io::Result<Pages> {
         let mut pages = Pages::none(self.bytes);
         for (start, end) in data_ranges(&self.base, self.bytes)? {
             pages.add_range(start, end - start);
@@ -306,138 +322,18 @@ pub fn data_ranges(file: &File, bytes: u64) -> io::Result<Vec<(u64, u64)>> {
     Ok(ranges)
 }
 
-/// What was written.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Written {
-    /// What is no hole.
-    pub runs: Vec<Run>,
-}
-
-impl Written {
-    /// How many bytes that is.
-    pub fn bytes(&self) -> u64 {
-        self.runs.iter().map(|(_, bytes)| bytes).sum()
-    }
-
-    /// CRC-32 of what was written, read from the file.
-    pub fn crc32(&self, file: &File) -> io::Result<u32> {
-        let mut hasher = crc32fast::Hasher::new();
-        let mut buffer = vec![0; MAX_WRITE as usize];
-        for &(offset, bytes) in &self.runs {
-            for at in (0..bytes).step_by(MAX_WRITE as usize) {
-                let part = &mut buffer[..(bytes - at).min(MAX_WRITE) as usize];
-                file.read_exact_at(part, offset + at)?;
-                hasher.update(part);
-            }
-        }
-        Ok(hasher.finalize())
-    }
-}
-
-/// Which pages of guest memory are written to a file.
-#[derive(Clone, Copy, Debug)]
-pub enum Which<'a> {
-    /// Those that are not zero.
-    All,
-    /// These, if they are not zero.
-    Only(&'a Pages),
-    /// These, so that the file itself says which they are.
-    Exactly(&'a Pages),
-}
-
-/// Writes guest memory to an empty file. What is not written is a hole. Nothing may write the memory meanwhile.
-pub fn write(ram: &GuestRam, which: Which<'_>, file: &File) -> io::Result<Written> {
-    file.set_len(ram.size())?;
-    let mut written = Written::default();
-    let mut start = 0;
-    for region in ram.regions() {
-        let end = start + region.len;
-        let candidates;
-        let pages = match which {
-            Which::Only(pages) | Which::Exactly(pages) => pages,
-            Which::All => {
-                candidates = touched(ram, region, start)?;
-                &candidates
-            }
-        };
-        for (offset, bytes) in pages.runs(start, end) {
-            // SAFETY: the range lies in a mapping of the guest's memory, and nothing writes it now.
-            let memory = unsafe {
-                let host = region.host_addr + (offset - start);
-                std::slice::from_raw_parts(host as *const u8, bytes as usize)
-            };
-            write_run(memory, offset, matches!(which, Which::Exactly(_)), file, &mut written)?;
-        }
-        start = end;
-    }
-    Ok(written)
-}
-
-/// Writes the pages of `memory` to `file` at `offset`: with `zeroes` all of them.
-fn write_run(memory: &[u8], offset: u64, zeroes: bool, file: &File, written: &mut Written) -> io::Result<()> {
-    let page = PAGE as usize;
-    let mut at = 0;
-    while at < memory.len() {
-        let limit = memory.len().min(at + MAX_WRITE as usize);
-        let zero = |at: usize| !zeroes && is_zero(&memory[at..at + page]);
-        let Some(first) = (at..limit).step_by(page).find(|&at| !zero(at)) else {
-            at = limit;
-            continue;
-        };
-        let end = (first..limit).step_by(page).find(|&at| zero(at)).unwrap_or(limit);
-        let start = offset + first as u64;
-        file.write_all_at(&memory[first..end], start)?;
-        match written.runs.last_mut() {
-            Some((last, bytes)) if *last + *bytes == start => *bytes += (end - first) as u64,
-            _ => written.runs.push((start, (end - first) as u64)),
-        }
-        at = end;
-    }
-    Ok(())
-}
-
+/// Whether a page has zeroes only.
 fn is_zero(page: &[u8]) -> bool {
-    // Most pages that are not zero say so in their first bytes.
-    page[..16] == [0; 16]
-        && page.chunks_exact(128).all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
-}
-
-/// Bits of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-const OF_FILE: u64 = 1 << 61;
-
-/// Pages of a region, which begins at `start` of the memory, that may be other than zero: those that were touched, and
-/// those of the file below.
-fn touched(ram: &GuestRam, region: RamRegion, start: u64) -> io::Result<Pages> {
-    let mut pages = match ram.image() {
-        Some(image) => image.data()?,
-        None => Pages::none(ram.size()),
-    };
-    let map = File::open("/proc/self/pagemap")?;
-    let mut entries = vec![0; 64 << 10];
-    let first = region.host_addr / PAGE * 8;
-    let end = first + region.len / PAGE * 8;
-    for at in (first..end).step_by(entries.len()) {
-        let len = (end - at).min(entries.len() as u64) as usize;
-        map.read_exact_at(&mut entries[..len], at)?;
-        for (i, entry) in entries[..len].chunks_exact(8).enumerate() {
-            let entry = entry.try_into().map_or(0, u64::from_ne_bytes);
-            let own = entry & (PRESENT | SWAPPED) != 0 && (entry & OF_FILE == 0 || ram.image().is_none());
-            if own {
-                pages.add(start + ((at - first) / 8 + i as u64) * PAGE);
-            }
-        }
-    }
-    Ok(pages)
+    page.iter().all(|&byte| byte == 0)
 }
 
 #[cfg(test)]
 mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
+    use super::super::memory_writer::{MemoryWriter, touched};
     use super::*;
-    use crate::memory::Backing;
+    use crate::memory::{Backing, GuestRam};
 
     const SIZE: u64 = 8 << 20;
 
@@ -445,6 +341,17 @@ mod tests {
         let mut bytes = vec![0; SIZE as usize];
         file.read_exact_at(&mut bytes, 0).unwrap();
         bytes
+    }
+
+    /// Writes all that is not zero.
+    fn write_all(ram: &GuestRam, file: File) -> MemoryWriter {
+        write(ram, &touched(ram).unwrap(), file, false)
+    }
+
+    fn write(ram: &GuestRam, pages: &Pages, file: File, zeroes: bool) -> MemoryWriter {
+        let mut writer = MemoryWriter::new(file.into(), SIZE, zeroes).unwrap();
+        writer.write(ram, pages, &|| true).unwrap();
+        writer
     }
 
     #[test]
@@ -456,14 +363,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("memory");
         let file = File::create_new(&path).unwrap();
-        let written = write(&ram, Which::All, &file).unwrap();
-        assert_eq!(written.runs, [(0x3000, 2 * PAGE), (SIZE - PAGE, PAGE)], "zeroes are holes");
+        let writer = write_all(&ram, file);
+        assert_eq!(writer.written().runs, [(0x3000, 2 * PAGE), (SIZE - PAGE, PAGE)], "zeroes are holes");
         let image = Arc::new(MemoryImage::open(&path, SIZE).unwrap());
         for mode in [MemoryMode::Map, MemoryMode::Copy] {
             let again = GuestRam::new(SIZE, Backing::default(), Some((image.clone(), mode))).unwrap();
             again.memory().write_slice(&[1], GuestAddress(0x40_0000)).unwrap();
             let second = tempfile::tempfile().unwrap();
-            write(&again, Which::All, &second).unwrap();
+            write_all(&again, second.try_clone().unwrap());
             let mut want = read(&File::open(&path).unwrap());
             want[0x40_0000] = 1;
             assert!(read(&second) == want, "{mode:?}");
@@ -477,24 +384,24 @@ mod tests {
         let (base, diff) = (dir.path().join("base"), dir.path().join("diff"));
         let ram = GuestRam::new(SIZE, Backing::default(), None).unwrap();
         ram.memory().write_slice(&[7; 0x4000], GuestAddress(0)).unwrap();
-        write(&ram, Which::All, &File::create_new(&base).unwrap()).unwrap();
+        write_all(&ram, File::create_new(&base).unwrap());
         ram.memory().write_slice(&[0; 0x1000], GuestAddress(0x1000)).unwrap();
         ram.memory().write_slice(&[8; 0x1000], GuestAddress(0x20_0000)).unwrap();
         let mut pages = Pages::none(SIZE);
         pages.add(0x1000);
         pages.add_range(0x20_0000, 0x1000);
-        write(&ram, Which::Only(&pages), &File::create_new(&diff).unwrap()).unwrap();
+        write(&ram, &pages, File::create_new(&diff).unwrap(), false);
         let mut image = MemoryImage::open(&base, SIZE).unwrap();
         let runs: Vec<_> = pages.runs(0, SIZE).collect();
         let alone = tempfile::tempfile().unwrap();
-        write(&ram, Which::Exactly(&pages), &alone).unwrap();
+        write(&ram, &pages, alone.try_clone().unwrap(), true);
         assert_eq!(data_ranges(&alone, SIZE).unwrap(), [(0x1000, 0x2000), (0x20_0000, 0x20_1000)]);
         image.add_diff(&diff, &runs).unwrap();
         for mode in [MemoryMode::Map, MemoryMode::Copy] {
             let again = GuestRam::new(SIZE, Backing::default(), Some((image.clone().into(), mode))).unwrap();
             let files = [tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap()];
-            write(&again, Which::All, &files[0]).unwrap();
-            write(&ram, Which::All, &files[1]).unwrap();
+            write_all(&again, files[0].try_clone().unwrap());
+            write_all(&ram, files[1].try_clone().unwrap());
             assert!(read(&files[0]) == read(&files[1]), "{mode:?}");
         }
         for wrong in [[(1, PAGE)], [(0, 1)], [(0, 0)], [(SIZE, PAGE)], [(u64::MAX - 4095, PAGE)]] {

@@ -9,6 +9,7 @@
 mod clone;
 pub mod manifest;
 pub mod memory_file;
+pub(crate) mod memory_writer;
 mod place;
 pub mod state_file;
 
@@ -28,7 +29,8 @@ use crate::x86_64::{Slots, features};
 pub(crate) use clone::GenerationId;
 pub use clone::{Hostname, MachineId, Persona, Unlike};
 use manifest::{DevicePlace, Diff, Manifest, MemoryMap, MemoryRange};
-use memory_file::{MemoryFileError, MemoryImage, Pages, Run, Written};
+use memory_file::{MemoryFileError, MemoryImage, Pages, Run};
+use memory_writer::{MemoryWriter, Written};
 pub(crate) use place::Place;
 use state_file::{SectionError, Sections};
 
@@ -307,13 +309,6 @@ fn open_memory(place: &Place, manifest: &Manifest) -> Result<MemoryImage, Snapsh
     Ok(image)
 }
 
-/// Where a machine's memory is written to.
-pub(crate) struct MemoryTarget {
-    pub file: File,
-    /// The file of a diff says itself which pages it has: clients of Firecracker look for its holes.
-    pub exactly: bool,
-}
-
 /// The machine at one moment, on its way into a directory.
 pub(crate) struct Captured {
     pub sections: Sections,
@@ -337,7 +332,7 @@ pub(crate) struct Base {
 pub(crate) struct Draft {
     place: Place,
     draft: Place,
-    memory: File,
+    memory: Arc<File>,
     /// Locked, which says that somebody is at work on it.
     _lock: Option<File>,
 }
@@ -347,13 +342,15 @@ impl Draft {
     pub fn begin(place: &Place) -> Result<Self, SnapshotFailed> {
         let place = place.absolute()?;
         let (draft, memory, lock) = place.begin_draft()?;
-        Ok(Self { place, draft, memory, _lock: lock })
+        Ok(Self { place, draft, memory: memory.into(), _lock: lock })
     }
 
-    /// Where the memory goes.
-    pub fn memory(&self) -> Result<MemoryTarget, SnapshotFailed> {
-        let file = self.memory.try_clone().map_err(SnapshotFailed::io("open", &self.draft.memory()))?;
-        Ok(MemoryTarget { file, exactly: matches!(self.place, Place::Files { .. }) })
+    /// Where the memory goes, of which there are so many bytes. The file of a diff says itself which pages it has: clients
+    /// of Firecracker look for its holes.
+    pub fn memory(&self, bytes: u64, kind: SnapshotKind) -> Result<MemoryWriter, SnapshotFailed> {
+        let exactly = matches!(self.place, Place::Files { .. }) && kind == SnapshotKind::Diff;
+        let writer = MemoryWriter::new(self.memory.clone(), bytes, exactly);
+        writer.map_err(SnapshotFailed::io("write", &self.draft.memory()))
     }
 
     /// Writes what is missing, makes all of it last, and puts it in its place, where another snapshot may be.

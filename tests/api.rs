@@ -146,11 +146,12 @@ fn firecrackers_calls_are_a_guests_whole_life() -> Result<()> {
     api.patch("/balloon/statistics", json!({"stats_polling_interval_s": 2}))?;
     api.patch("/vmm/v1/devices/balloon0", json!({"stats": 3}))?;
     assert_eq!(api.get_json("/vm/config")?["balloon"]["stats_polling_interval_s"], json!(3));
-    // The guest has its own time to get there.
-    let inflated = || api.get_json("/balloon/statistics").map(|answer| answer["actual_mib"] == json!(16));
-    while !inflated()? {
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    let inflated = |event: &Value| {
+        let of_balloon = (&event["device"], &event["fact"]) == (&json!("balloon0"), &json!("actual_bytes"));
+        of_balloon && event["value"] == json!(16 << 20)
+    };
+    assert!(api.follow("/vmm/v1/events")?.any(|event| inflated(&event)));
+    assert_eq!(api.get_json("/balloon/statistics")?["actual_mib"], json!(16));
 
     api.put("/actions", json!({"action_type": "FlushMetrics"}))?;
     let metrics: Value = serde_json::from_str(fs::read_to_string(setup.path("metrics"))?.trim())?;

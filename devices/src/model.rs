@@ -74,6 +74,9 @@ pub trait DeviceHost: Send + Sync {
     /// The driver notified `queue` by a register write that no ioeventfd caught.
     fn kick(&self, queue: u16);
 
+    /// The driver wrote to the configuration space, where it may.
+    fn config_written(&self) {}
+
     /// The device's state for a snapshot.
     fn save(&self) -> Result<UnitState, SnapshotError>;
 
@@ -325,6 +328,11 @@ impl Counters {
         ]
     }
 
+    /// See [`Facts::news`].
+    pub fn news(&self) -> Option<(&'static str, u64)> {
+        self.own.as_ref()?.news()
+    }
+
     /// All of them, by names that stay.
     pub fn all(&self) -> Vec<(&'static str, u64)> {
         let own = self.own.iter().flat_map(|own| own.facts());
@@ -337,6 +345,12 @@ impl Counters {
 pub trait Facts: fmt::Debug + Send + Sync {
     /// Names that stay, and their values now.
     fn facts(&self) -> Vec<(&'static str, u64)>;
+
+    /// The one of them, if any, of which the operator is told when it changes. It is looked at after every turn of the
+    /// device.
+    fn news(&self) -> Option<(&'static str, u64)> {
+        None
+    }
 }
 
 /// A device kind's configuration: plain data, and the way from data to a device.

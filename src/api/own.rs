@@ -293,6 +293,11 @@ fn event_json(event: &Event) -> Value {
         What::DeviceErrors { device, total } => {
             ("device_errors", vec![("device", device.clone().into()), ("total", (*total).into())])
         }
+        What::Fact { device, name, value } => {
+            let detail =
+                vec![("device", device.clone().into()), ("fact", (*name).into()), ("value", (*value).into())];
+            ("fact", detail)
+        }
         What::Missed(count) => ("missed", vec![("count", (*count).into())]),
         other => ("other", vec![("what", other.to_string().into())]),
     };

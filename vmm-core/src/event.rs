@@ -61,6 +61,16 @@ pub enum What {
         /// How many there have been since the machine was built.
         total: u64,
     },
+    /// Something that this device tells of itself has changed, such as the size of a balloon. It is told at most once a second
+    /// and device, the last value always.
+    Fact {
+        /// The device's name.
+        device: String,
+        /// The counter's name: see [`devices::model::Counters::all`].
+        name: &'static str,
+        /// Its value now.
+        value: u64,
+    },
     /// The reader was slow, and this many events before the next one are forgotten.
     Missed(u64),
 }
@@ -75,6 +85,7 @@ impl fmt::Display for What {
             Self::ExitStatus(status) => write!(f, "the guest's command ended with exit status {status}"),
             Self::Updated { device } => write!(f, "{device} was changed"),
             Self::DeviceErrors { device, total } => write!(f, "{device} has had {total} failed requests"),
+            Self::Fact { device, name, value } => write!(f, "{name} of {device} is {value} now"),
             Self::Missed(count) => write!(f, "{count} events were missed"),
         }
     }

@@ -25,6 +25,7 @@ mod bus;
 mod capture;
 mod control;
 mod machine;
+mod news;
 mod runner;
 mod spans;
 mod state;

@@ -10,6 +10,8 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::news::NewsWatch;
+pub use crate::news::{News, TellNews};
 use crate::spans;
 use crate::vcpu::thread_time;
 use devices::GuestMemory;
@@ -27,9 +29,6 @@ use event_manager::{
 use tracing::{Span, debug, warn};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
-
-/// How often a device's failed requests are told at most: a guest can make them.
-const ERRORS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// A runner could not be started, or has ended.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +54,7 @@ struct Subscriber {
     /// One a queue; ioeventfds of the driver's notifications.
     kicks: Arc<[EventFd]>,
     /// Signalled by the subscriber itself to be called again.
-    again: EventFd,
+    again: Arc<EventFd>,
     /// Host sources that are to be served again.
     pending: Vec<u32>,
     /// Expires when something that the unit holds back may go on.
@@ -67,34 +66,13 @@ struct Subscriber {
     paused: bool,
     /// The device came from a snapshot and has not run since.
     restored: bool,
-    errors: ErrorWatch,
+    news: NewsWatch,
     /// Gone once it was told.
     tell_output: Option<TellOutput>,
 }
 
-/// Looks whether requests have failed on the host's side, and tells so now and then.
-struct ErrorWatch {
-    /// How many have been told.
-    told: u64,
-    at: Option<Instant>,
-    tell: TellErrors,
-}
-
-/// Called, on the runner's thread, with the number of requests of a device that have failed on the host's side.
-pub type TellErrors = Box<dyn Fn(u64) + Send>;
-
 /// Called once, on the runner's thread, when a device has had the first bytes from the guest.
 pub type TellOutput = Box<dyn FnOnce() + Send>;
-
-impl ErrorWatch {
-    fn look(&mut self, counters: &Counters) {
-        let errors = counters.host_errors.load(Ordering::Relaxed);
-        if errors > self.told && self.at.is_none_or(|at| at.elapsed() > ERRORS_INTERVAL) {
-            (self.told, self.at) = (errors, Some(Instant::now()));
-            (self.tell)(errors);
-        }
-    }
-}
 
 impl Subscriber {
     /// Gives the device one turn on `queue`.
@@ -124,7 +102,12 @@ impl Subscriber {
     }
 
     fn set_timer(&mut self) {
-        let Some(at) = self.unit.due_at() else { return };
+        if let Some(at) = self.unit.due_at() {
+            self.wake_at(at);
+        }
+    }
+
+    fn wake_at(&mut self, at: Instant) {
         if self.expires.is_some_and(|expires| expires <= at) {
             return;
         }
@@ -146,7 +129,7 @@ impl Subscriber {
     /// Calls everything once, for what may have happened while nobody looked.
     fn wake_all(&mut self) {
         self.pending = self.sources.iter().map(|source| source.token).collect();
-        self.kicks.iter().chain([&self.again]).for_each(signal);
+        self.kicks.iter().chain([&*self.again]).for_each(signal);
     }
 
     fn activate(&mut self, features: u64, queues: &[QueueConfig]) -> Result<(), ActivateError> {
@@ -223,11 +206,13 @@ impl Subscriber {
             _ => self.serve_source(data - SOURCE),
         }
         let counters = self.unit.counters();
-        self.errors.look(counters);
         if let Some(tell) =
             self.tell_output.take_if(|_| counters.bytes_from_guest.load(Ordering::Relaxed) > 0)
         {
             tell();
+        }
+        if let Some(at) = self.news.look(counters, Instant::now()) {
+            self.wake_at(at);
         }
     }
 }
@@ -240,8 +225,8 @@ pub struct NewUnit {
     pub name: String,
     /// Limits of its lanes.
     pub limits: Vec<Limits>,
-    /// Whom to tell of its errors.
-    pub tell_errors: TellErrors,
+    /// Whom to tell what is to be known of it.
+    pub tell_news: TellNews,
     /// Whom to tell of its first output, if that is of interest.
     pub tell_output: Option<TellOutput>,
 }
@@ -303,32 +288,33 @@ impl Runner {
         notifier: Arc<dyn Notifier>,
         mem: GuestMemory,
     ) -> Result<Arc<UnitHandle>, RunnerError> {
-        let NewUnit { device, name, limits, tell_errors, tell_output } = new;
+        let NewUnit { device, name, limits, tell_news, tell_output } = new;
         let kicks = device
             .queue_sizes()
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
             .collect::<Result<Arc<[_]>, _>>()?;
+        let again = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
         let unit = Unit::new(device, &limits, notifier, mem);
         let counters = unit.counters().clone();
         let subscriber = Subscriber {
             unit,
             span: spans::device(&self.span, &name),
             kicks: kicks.clone(),
-            again: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            again: again.clone(),
             pending: Vec::new(),
             timer: TimerFd::new().map_err(std::io::Error::from)?,
             expires: None,
             sources: Vec::new(),
             paused: false,
             restored: false,
-            errors: ErrorWatch { told: 0, at: None, tell: tell_errors },
+            news: NewsWatch::new(&counters, tell_news),
             tell_output,
         };
         let id = self
             .endpoint
             .call_blocking(move |ops| Ok::<_, event_manager::Error>(ops.add_subscriber(subscriber)))?;
-        Ok(Arc::new(UnitHandle { endpoint: self.endpoint.clone(), id, name, kicks, counters }))
+        Ok(Arc::new(UnitHandle { endpoint: self.endpoint.clone(), id, name, kicks, again, counters }))
     }
 }
 
@@ -349,6 +335,8 @@ pub struct UnitHandle {
     id: SubscriberId,
     name: String,
     kicks: Arc<[EventFd]>,
+    /// Gives the device a turn.
+    again: Arc<EventFd>,
     counters: Arc<Counters>,
 }
 
@@ -509,5 +497,9 @@ impl DeviceHost for UnitHandle {
         if let Some(event) = self.kicks.get(usize::from(queue)) {
             _ = event.write(1);
         }
+    }
+
+    fn config_written(&self) {
+        signal(&self.again);
     }
 }

@@ -189,8 +189,9 @@ impl<S: Signal> Core<S> {
 
     /// The driver writes to the configuration space.
     pub fn write_config(&self, offset: u64, data: &[u8]) {
-        if !self.config.driver_write(offset, data) {
-            self.odd_write(offset, "the configuration space, which is read-only there");
+        match self.config.driver_write(offset, data) {
+            true => self.host.config_written(),
+            false => self.odd_write(offset, "the configuration space, which is read-only there"),
         }
     }
 

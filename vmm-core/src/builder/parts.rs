@@ -30,7 +30,7 @@ use crate::hypervisor::saved::{ClockState, IrqchipState, VcpuState};
 use crate::hypervisor::{HvError, HvVm, Hypervisor, Vcpu};
 use crate::machine::{Inbox, MachineState, PciAccess, Tracking};
 use crate::memory::{GuestRam, HugePages};
-use crate::runner::{NewUnit, Runner, RunnerError, TellErrors, TellOutput, UnitHandle};
+use crate::runner::{NewUnit, News, Runner, RunnerError, TellNews, TellOutput, UnitHandle};
 use crate::snapshot::memory_file::Pages;
 use crate::snapshot::state_file::{SectionError, Sections};
 use crate::snapshot::{GenerationId, random};
@@ -159,7 +159,7 @@ impl Parts {
                 device,
                 name: name.clone(),
                 limits: config.limits(),
-                tell_errors: self.tell_errors(&name),
+                tell_news: self.tell_news(&name),
                 tell_output: config.is_console().then(|| self.tell_output()),
             };
             let unit = match slots {
@@ -181,9 +181,15 @@ impl Parts {
         Ok((shared.into_iter().chain(own).collect(), units))
     }
 
-    fn tell_errors(&self, device: &str) -> TellErrors {
+    fn tell_news(&self, device: &str) -> TellNews {
         let (journal, device) = (self.journal.clone(), device.to_owned());
-        Box::new(move |total| journal.record(What::DeviceErrors { device: device.clone(), total }))
+        Box::new(move |news| {
+            let device = device.clone();
+            journal.record(match news {
+                News::Errors(total) => What::DeviceErrors { device, total },
+                News::Fact(name, value) => What::Fact { device, name, value },
+            });
+        })
     }
 
     fn tell_output(&self) -> TellOutput {

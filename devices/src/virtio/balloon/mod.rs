@@ -149,6 +149,11 @@ impl Shown {
         self.config.read(offset, &mut bytes);
         u32::from_le_bytes(bytes)
     }
+
+    /// The size that the driver says the balloon has.
+    fn actual(&self) -> (&'static str, u64) {
+        ("actual_bytes", u64::from(self.field(4)) * PAGE)
+    }
 }
 
 impl Facts for Shown {
@@ -156,13 +161,17 @@ impl Facts for Shown {
         let told = self.told();
         let own = [
             ("target_bytes", u64::from(self.field(0)) * PAGE),
-            ("actual_bytes", u64::from(self.field(4)) * PAGE),
+            self.actual(),
             ("inflated_bytes", told.inflated),
             ("deflated_bytes", told.deflated),
             ("reported_bytes", told.reported),
         ];
         let guest = stats::NAMES.iter().zip(told.stats).filter_map(|(name, value)| Some((*name, value?)));
         own.into_iter().chain(guest).collect()
+    }
+
+    fn news(&self) -> Option<(&'static str, u64)> {
+        Some(self.actual())
     }
 }
 

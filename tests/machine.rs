@@ -413,3 +413,24 @@ fn a_machine_that_is_killed_while_it_is_saved_ends_and_leaves_no_draft() {
         assert_eq!(names, want);
     });
 }
+
+#[test]
+fn a_guest_that_is_to_stop_is_asked_until_it_does() {
+    let (vm, hypervisor, _dir) = machine(vec![], |_| ());
+    vm.start().unwrap();
+    vm.request_stop(DEADLINE);
+    let presses = || hypervisor.observed(|seen| seen.interrupts.len());
+    while presses() < 3 {
+        assert!(vm.wait_timeout(Duration::from_millis(5)).is_none(), "{} times", presses());
+    }
+    // Who stands still is not asked, and later he is.
+    vm.pause().unwrap();
+    let paused = presses();
+    assert!(vm.wait_timeout(Duration::from_millis(1500)).is_none());
+    assert_eq!(presses(), paused);
+    vm.resume().unwrap();
+    while presses() == paused {
+        assert!(vm.wait_timeout(Duration::from_millis(5)).is_none());
+    }
+    vm.kill();
+}

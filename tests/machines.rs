@@ -134,6 +134,16 @@ fn who_does_not_listen_to_the_power_button_is_killed_when_the_time_is_over() -> 
 }
 
 #[test]
+fn a_guest_that_boots_does_not_hear_the_power_button_and_is_asked_again() -> Result<()> {
+    let state = state()?;
+    state.ok("run -q --detach --name young")?;
+    state.ok("stop --time 60 young")?;
+    let row = &state.ps()?[0];
+    assert_eq!(row["reason"], "the guest powered off", "{row}");
+    Ok(())
+}
+
+#[test]
 fn a_name_is_free_again_when_its_machine_is_removed_and_not_before() -> Result<()> {
     let state = state()?;
     for _ in 0..3 {

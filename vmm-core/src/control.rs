@@ -64,6 +64,9 @@ pub(crate) enum Message {
 const PANIC_GRACE: Duration = Duration::from_secs(1);
 /// How soon after a kernel's last words on the console a reset is part of its panic.
 const LAST_WORDS_GRACE: Duration = Duration::from_secs(10);
+/// How often the power button is pressed of a guest that is to switch itself off: who does not listen yet, as while it boots,
+/// does not hear the first time.
+const PRESS_INTERVAL: Duration = Duration::from_secs(1);
 
 /// State that handles can look at while the control thread works.
 pub(crate) struct Shared {
@@ -110,14 +113,16 @@ pub(crate) struct Control {
     pub last_words: Option<Instant>,
     /// When the guest is to be gone that was asked to switch itself off.
     pub kill_at: Option<Instant>,
+    /// When that guest is asked again.
+    pub press_at: Option<Instant>,
 }
 
 impl Control {
     /// Works until the machine has stopped; dropping the receiver tells later callers.
     pub fn serve(mut self, messages: &Receiver<Message>) {
         while self.machine.is_some() {
-            let end = self.end_by_itself();
-            let left = end.as_ref().map(|(at, _)| at.checked_duration_since(Instant::now()));
+            let next = self.end_by_itself().map(|(at, _)| at).into_iter().chain(self.press_at).min();
+            let left = next.map(|at| at.checked_duration_since(Instant::now()));
             let message = match left {
                 None => messages.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(Some(left)) => messages.recv_timeout(left),
@@ -145,9 +150,7 @@ impl Control {
                 Ok(Message::ThreadPanicked(name)) => {
                     self.stop(StopReason::Failed(format!("a bug: the thread {name} panicked")));
                 }
-                Err(RecvTimeoutError::Timeout) => {
-                    self.stop(end.map_or(StopReason::Requested, |(_, reason)| reason));
-                }
+                Err(RecvTimeoutError::Timeout) => self.time_is_up(Instant::now()),
                 Err(RecvTimeoutError::Disconnected) => self.stop(StopReason::Requested),
             }
         }
@@ -159,6 +162,24 @@ impl Control {
         let panic = self.panicked.filter(|_| !paused).map(|at| (at + PANIC_GRACE, StopReason::GuestPanic));
         let killed = self.kill_at.map(|at| (at, StopReason::Requested));
         panic.into_iter().chain(killed).min_by_key(|&(at, _)| at)
+    }
+
+    /// Does what was to be done by now.
+    fn time_is_up(&mut self, now: Instant) {
+        match self.end_by_itself() {
+            Some((at, reason)) if at <= now => self.stop(reason),
+            _ if self.press_at.is_some_and(|at| at <= now) => self.ask_to_switch_off(now),
+            _ => {}
+        }
+    }
+
+    /// Presses the power button, again and again until the machine has stopped.
+    fn ask_to_switch_off(&mut self, now: Instant) {
+        let Some(machine) = &self.machine else { return };
+        if *self.shared.lock() == VmState::Running {
+            machine.power_button.trigger();
+        }
+        self.press_at = Some(now + PRESS_INTERVAL);
     }
 
     fn command(&mut self, command: Command) -> Result<(), VmError> {
@@ -188,10 +209,10 @@ impl Control {
                 if !running || grace.is_zero() {
                     self.stop(StopReason::Requested);
                 } else {
-                    machine.power_button.trigger();
+                    let now = Instant::now();
                     // Beyond what a clock can say there is no deadline.
-                    let at = Instant::now().checked_add(grace);
-                    self.kill_at = self.kill_at.into_iter().chain(at).min();
+                    self.kill_at = self.kill_at.into_iter().chain(now.checked_add(grace)).min();
+                    self.ask_to_switch_off(now);
                 }
             }
             Command::PowerButton => machine.power_button.trigger(),

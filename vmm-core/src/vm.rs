@@ -171,6 +171,7 @@ impl Vm {
                     panicked: None,
                     last_words: None,
                     kill_at: None,
+                    press_at: None,
                 };
                 let serve = std::panic::AssertUnwindSafe(|| control.serve(&messages));
                 if std::panic::catch_unwind(serve).is_err() {
@@ -218,7 +219,7 @@ impl Vm {
         self.command(Command::Resume)
     }
 
-    /// Ends the machine and gives its guest time for that: presses the power button, waits until the guest has
+    /// Ends the machine and gives its guest time for that: presses the power button, every second until the guest has
     /// switched itself off, and kills it at the deadline. A guest that is paused or was not started has nothing to
     /// lose and is killed at once.
     pub fn stop(&self, deadline: Duration) -> StopReason {

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver, Sender};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Condvar, Mutex, TryLockError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -23,6 +23,9 @@ use crate::runner::{RunnerError, UnitHandle, UpdateFailed};
 use crate::snapshot::{Draft, Place, Snapshot, SnapshotFailed, SnapshotKind, SnapshotReport};
 use crate::spans;
 use crate::state::{IllegalTransition, StopReason, VmState};
+
+/// How long the machine's usage is waited for while it is being saved.
+const USAGE_PATIENCE: Duration = Duration::from_millis(50);
 
 /// A call on a [`Vm`] that failed.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +53,9 @@ pub enum VmError {
     /// A snapshot could not be made.
     #[error(transparent)]
     Snapshot(#[from] SnapshotFailed),
+    /// The machine stands still until its memory is written.
+    #[error("the machine is being saved; ask again when that is done")]
+    Saving,
     /// The control thread has ended.
     #[error("the machine is gone")]
     Gone,
@@ -327,11 +333,23 @@ impl Vm {
         &self.devices
     }
 
-    /// What the machine has taken of the host so far; fails when it has ended.
+    /// Whether a snapshot is being made. What would change the machine may wait for its end.
+    pub fn is_saving(&self) -> bool {
+        matches!(self.snapshots.try_lock(), Err(TryLockError::WouldBlock))
+    }
+
+    /// What the machine has taken of the host so far; fails when it has ended, or is being saved and stands still for that.
     pub fn usage(&self) -> Result<Usage, VmError> {
         let (reply, answer) = mpsc::channel();
         self.control.send(Message::Usage(reply)).map_err(|_| VmError::Gone)?;
-        answer.recv().map_err(|_| VmError::Gone)
+        loop {
+            match answer.recv_timeout(USAGE_PATIENCE) {
+                Ok(usage) => return Ok(usage),
+                Err(RecvTimeoutError::Disconnected) => return Err(VmError::Gone),
+                Err(RecvTimeoutError::Timeout) if self.is_saving() => return Err(VmError::Saving),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+        }
     }
 
     /// Exits of each vCPU, by cause, and by address with [`VmBuilder::trace_exits`].

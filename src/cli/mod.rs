@@ -14,12 +14,13 @@ mod run;
 mod snapshot;
 mod usage;
 
+use std::ffi::OsString;
 use std::io::ErrorKind::BrokenPipe;
 use std::io::Write;
 use std::time::Instant;
 
 use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use vmm_core::{BuildError, config::ConfigError};
 
 pub use crate::exit::ExitStatus;
@@ -68,9 +69,7 @@ pub fn main(start: Instant) -> ExitStatus {
         Ok(false) => {}
         answered => return finish(answered.map(|_| ExitStatus::Success)),
     }
-    let arguments = std::env::args_os();
-    let result = match Cli::command().try_get_matches_from(arguments).and_then(|m| Cli::from_arg_matches(&m))
-    {
+    let result = match parse(&std::env::args_os().collect::<Vec<_>>()) {
         Ok(cli) => dispatch(cli.command, start),
         Err(error) if !error.use_stderr() || error.kind() == DisplayHelpOnMissingArgumentOrSubcommand => {
             // Help or version.
@@ -84,6 +83,30 @@ pub fn main(start: Instant) -> ExitStatus {
         Err(error) => Err(usage::sentence(&error, &asked_for()).into()),
     };
     finish(result)
+}
+
+/// Reads the command line. The flags of all commands take longer to make than those of one to read: the others are made only
+/// where they are needed, for help and for what is wrong.
+fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
+    let flags = match arguments.get(1).and_then(|name| name.to_str()) {
+        Some("run") => Some(run::RunArgs::augment_args as fn(clap::Command) -> clap::Command),
+        Some("restore") => Some(restore::RestoreArgs::augment_args as _),
+        Some("api") => Some(api::ApiArgs::augment_args as _),
+        _ => None,
+    };
+    let read = |command: clap::Command| {
+        command.try_get_matches_from(arguments).and_then(|matches| Cli::from_arg_matches(&matches))
+    };
+    let alone = flags.zip(arguments.get(1)).map(|(flags, name)| {
+        read(
+            clap::Command::new("vmm")
+                .subcommand(flags(clap::Command::new(name.to_string_lossy().into_owned()))),
+        )
+    });
+    match alone {
+        Some(Ok(cli)) => Ok(cli),
+        _ => read(Cli::command()),
+    }
 }
 
 /// Tells what went wrong, if something did.

@@ -31,6 +31,7 @@ pub use vmm_core::{
 pub mod api;
 pub mod cli;
 
+mod attach;
 mod config_file;
 mod exit;
 mod images;

@@ -15,7 +15,8 @@ use vmm_core::config::SerialConfig;
 use vmm_core::console::{ConsoleInput, ConsoleReader};
 use vmm_core::{StopReason, Vm, VmState};
 
-use crate::machines::console::ConsoleServer;
+use crate::attach::Clients;
+use crate::machines::log::Log;
 use crate::signals::{Request, Signals};
 use crate::terminal::{self, KEYS_HELP, KeyCommand, Keys, Terminal};
 
@@ -55,6 +56,7 @@ pub struct Ended {
 /// What the threads of a session share.
 struct Session {
     vm: Arc<Vm>,
+    clients: Arc<Clients>,
     cause: OnceLock<Cause>,
     events: Sender<Event>,
 }
@@ -99,10 +101,11 @@ impl SignalThread {
 }
 
 /// How a guest is run.
-#[derive(Clone)]
 pub struct Manner {
     /// Where its console is.
     pub console: Console,
+    /// Who has a part in it, unless the machine itself has it.
+    pub clients: Arc<Clients>,
     /// Nothing is said but errors.
     pub quiet: bool,
     /// What comes from a snapshot waits until somebody lets it go on.
@@ -110,12 +113,11 @@ pub struct Manner {
 }
 
 /// Where a guest's console is.
-#[derive(Clone)]
 pub enum Console {
     /// On standard input and output.
     Stdio,
-    /// On a socket, and in a log.
-    Attachable(Arc<ConsoleServer>),
+    /// In a log.
+    Log(Log),
     /// The machine itself has it: in a file, or nowhere.
     Machine,
 }
@@ -133,12 +135,12 @@ impl Console {
 /// Starts `vm`, or lets it go on, and runs it to its end, with the terminal as it was afterwards. `started` is called once the guest runs.
 pub fn run(
     vm: &Arc<Vm>,
-    Manner { console, quiet, stays_paused }: Manner,
+    Manner { console, clients, quiet, stays_paused }: Manner,
     signals: &SignalThread,
     started: impl FnOnce() -> anyhow::Result<()>,
 ) -> anyhow::Result<Ended> {
     let (events, finished) = mpsc::channel();
-    let session = Arc::new(Session { vm: vm.clone(), cause: OnceLock::new(), events });
+    let session = Arc::new(Session { vm: vm.clone(), clients, cause: OnceLock::new(), events });
     // From here on a signal ends the machine and no longer the process.
     *signals.current() = Some(session.clone());
     let stdio = matches!(console, Console::Stdio);
@@ -158,13 +160,14 @@ pub fn run(
         }
     }
     started()?;
-    let flushes = match (&console, vm.take_console()) {
-        (Console::Attachable(server), Some(output)) => {
-            server.accept(vm.console_input())?;
-            let (server, session) = (server.clone(), session.clone());
+    let flushes = match (console, vm.take_console()) {
+        (Console::Log(mut log), Some(output)) => {
+            let session = session.clone();
             spawn("output", move || {
-                server.copy_output(output, SETTLE);
-                _ = session.events.send(Event::Flushed);
+                session.copy_output(output, |data| {
+                    log.append(data);
+                    Ok(())
+                });
             })?;
             true
         }
@@ -205,7 +208,7 @@ impl Session {
         quiet: bool,
     ) -> anyhow::Result<()> {
         let (copier, input) = (self.clone(), vm.console_input());
-        spawn("output", move || copier.copy_output(output))?;
+        spawn("output", move || copier.copy_output(output, |data| write_all(stdout(), data)))?;
         let copier = self.clone();
         match terminal {
             true => spawn("input", move || copier.copy_keys(&input))?,
@@ -225,12 +228,13 @@ impl Session {
         self.vm.request_kill();
     }
 
-    /// The thread that writes the guest's console to standard output.
-    fn copy_output(&self, mut console: ConsoleReader) {
+    /// The thread that shows the guest's console to all that are attached, and to `write`.
+    fn copy_output(&self, mut console: ConsoleReader, mut write: impl FnMut(&[u8]) -> Result<(), Errno>) {
         let mut buf = [0; OUTPUT_CHUNK];
         // The reader does not fail, it ends.
         while let Ok(n @ 1..) = console.read_burst(&mut buf, SETTLE) {
-            match write_all(stdout(), &buf[..n]) {
+            self.clients.show(&buf[..n]);
+            match write(&buf[..n]) {
                 Ok(()) => {}
                 Err(Errno::PIPE) => return self.end(Cause::OutputClosed),
                 // The terminal was closed; SIGHUP says so, but may be ignored.
@@ -238,6 +242,7 @@ impl Session {
                 Err(errno) => return self.end(Cause::OutputFailed(errno.to_string())),
             }
         }
+        self.clients.end();
         _ = self.events.send(Event::Flushed);
     }
 
@@ -269,7 +274,7 @@ impl Session {
                         match command {
                             Some(KeyCommand::Stop) => return self.end(Cause::Key),
                             Some(KeyCommand::Help) => self.tell(KEYS_HELP),
-                            // Nobody is attached to a machine in the foreground.
+                            // Whoever started a machine in the foreground does not leave it.
                             Some(KeyCommand::Detach) | None => {}
                         }
                     }

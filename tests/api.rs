@@ -223,6 +223,7 @@ fn what_is_wrong_is_refused_with_a_sentence_and_changes_nothing() -> Result<()> 
         ("PUT", "/actions", r#"{"action_type":"Dance"}"#, "unknown variant"),
         ("PUT", "/actions", r#"{"action_type":"SendCtrlAltDel"}"#, "before starting"),
         ("GET", "/", "{}", "no body"),
+        ("GET", "/vmm/v1/console", "", "before starting"),
         ("GET", "/../etc/passwd", "", "Invalid request"),
     ];
     for (method, path, body, want) in cases {
@@ -593,5 +594,77 @@ fn the_description_is_what_the_program_says() -> Result<()> {
     let paths = serde_json::from_str::<Value>(&now)?["paths"].as_object().map(|paths| paths.len());
     assert!(paths > Some(15), "{now}");
     assert!(fs::read_to_string(&kept)? == now, "run: cargo run -- api --open-api > docs/openapi.json");
+    Ok(())
+}
+
+#[test]
+fn a_call_at_any_time_is_done_or_refused_with_a_sentence() -> Result<()> {
+    let description: Value = serde_json::from_str(&vmm::api::open_api())?;
+    let paths = description["paths"].as_object().context("it has paths")?;
+    let setup = Setup::new()?;
+    let (_program, api) = setup.api()?;
+    let calls = paths.iter().flat_map(|(path, methods)| {
+        let path = path.replace("{id}", "x");
+        methods
+            .as_object()
+            .into_iter()
+            .flatten()
+            .map(move |(method, _)| (method.to_uppercase(), path.clone()))
+    });
+    // That answer has no end.
+    let calls: Vec<_> = calls.filter(|(_, path)| path != "/vmm/v1/events").collect();
+    ensure!(calls.len() > 35, "{calls:?}");
+    let call_all = |state: &str| -> Result<()> {
+        for ((method, path), body) in calls.iter().flat_map(|call| ["", "{}"].map(|body| (call, body))) {
+            let answer = api.send(method, path, body)?;
+            let told = matches!(answer.status, 200 | 204) || !answer.fault()?.is_empty();
+            ensure!(told, "{state}: {method} {path} {body}: {answer:?}");
+        }
+        Ok(())
+    };
+    call_all("not started")?;
+    setup.configure(&api)?;
+    api.put("/actions", json!({"action_type": "InstanceStart"}))?;
+    for state in ["Paused", "Resumed"] {
+        api.patch("/vm", json!({"state": state}))?;
+        call_all(state)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_being_saved_still_answers() -> Result<()> {
+    let setup = Setup::new()?;
+    // All of its memory is there, so that it takes a while to look through.
+    let arguments = "run -q --no-rootfs --memory 1G --mem-prealloc --kernel kernel --api-sock api.sock";
+    let _program = setup.start(&arguments.split(' ').collect::<Vec<_>>())?;
+    let api = Api::when_ready(&setup.path("api.sock"))?;
+    api.patch("/vm", json!({"state": "Paused"}))?;
+    let saved = std::thread::spawn({
+        let api = api.clone();
+        move || api.put("/vmm/v1/snapshot", json!({"path": "saved"}))
+    });
+    let mut waiting = Vec::new();
+    let mut answers = 0;
+    while !saved.is_finished() {
+        let inspection = api.get_json("/vmm/v1/inspect")?;
+        assert_eq!(inspection["state"], "paused");
+        if inspection["saving"] == true {
+            answers += 1;
+            if waiting.is_empty() {
+                // More than a few of whoever wants to change something wait, and keep nobody else waiting.
+                let resume = || {
+                    let api = api.clone();
+                    std::thread::spawn(move || api.patch("/vm", json!({"state": "Resumed"})))
+                };
+                waiting = (0..24).map(|_| resume()).collect();
+            }
+        }
+    }
+    saved.join().expect("no panic")?;
+    assert!(answers > 0);
+    let resumed = waiting.into_iter().map(|call| call.join().expect("no panic"));
+    ensure!(resumed.filter(Result::is_ok).count() >= 1, "somebody has resumed it");
+    assert_eq!(api.get_json("/vmm/v1/inspect")?["state"], "running");
     Ok(())
 }

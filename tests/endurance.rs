@@ -3,14 +3,13 @@
 //! On this machine's /dev/kvm.
 
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Child;
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, ensure};
-use harness::{Machines, SmallHost};
+use harness::{Api, Machines, SmallHost};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// Only ends a hang.
@@ -46,7 +45,7 @@ fn ask(machines: &Machines, name: &str, question: &str, answer: &str) -> Result<
     let end = Instant::now() + DEADLINE;
     let mut text = Vec::new();
     while Instant::now() < end {
-        let mut console = UnixStream::connect(machines.state().join(name).join("console.sock"))?;
+        let mut console = Api::at(&machines.state().join(name).join("api.sock")).console()?;
         console.set_read_timeout(Some(Duration::from_secs(2)))?;
         console.write_all(format!("{question}\n").as_bytes())?;
         let mut buf = [0; 4096];

@@ -3,12 +3,12 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Output, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use harness::Machines;
+use harness::micro::Micro;
+use harness::{Api, Machines};
 use rustix::process::{Pid, Signal, kill_process, test_kill_process};
 use serde_json::Value;
 use vmm::Milestone;
@@ -85,15 +85,92 @@ fn who_leaves_the_console_of_a_quiet_guest_makes_room() -> Result<()> {
     let state = state()?;
     state.ok("run --detach --name quiet IDLE")?;
     state.expect_log("quiet", "up")?;
-    let socket = state.state().join("quiet/console.sock");
+    let api = Api::at(&state.state().join("quiet/api.sock"));
     // More than can be attached at a time, one after the other.
     for number in 0..40 {
-        let mut console = UnixStream::connect(&socket)?;
+        let mut console = api.console()?;
         console.shutdown(Shutdown::Write)?;
         let mut said = String::new();
         console.read_to_string(&mut said)?;
         ensure!(said.is_empty(), "{number}: {said}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_machine_in_the_foreground_can_be_attached_to_and_has_both_its_sockets() -> Result<()> {
+    let state = state()?;
+    let mut guest = state.command("run -q --name here --api-sock own.sock -- cat");
+    let mut guest = guest.stdin(Stdio::piped()).spawn()?;
+    let own = Api::when_ready(&state.dir().join("own.sock"))?;
+    while state.ps()?[0]["state"] != "running" {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert_eq!(own.get_json("/vmm/v1/inspect")?["name"], "here");
+    let mut first = own.console()?;
+    let mut attached = state.command("attach here").stdin(Stdio::piped()).spawn()?;
+    // Each types, and all see it: once as it is typed and once from the program.
+    attached.stdin.as_mut().context("a pipe")?.write_all(b"from-second\n")?;
+    expect(&mut first, "from-second\r\nfrom-second\r\n")?;
+    first.write_all(b"from-first\n")?;
+    expect(&mut first, "from-first\r\nfrom-first\r\n")?;
+    state.ok("stop --time 60 here")?;
+    let mut rest = String::new();
+    first.read_to_string(&mut rest)?;
+    assert!(!rest.contains("from"), "{rest}");
+    // Who has not gone sees the end, and all before it.
+    let seen = String::from_utf8(attached.wait_with_output()?.stdout)?;
+    assert!(seen.contains("from-first\r\nfrom-first\r\n"), "{seen}");
+    drop(guest.stdin.take());
+    let said = String::from_utf8(guest.wait_with_output()?.stdout)?;
+    assert!(said.contains("from-second\r\nfrom-second\r\n") && said.contains("from-first"), "{said}");
+    assert!(!state.dir().join("own.sock").exists());
+    Ok(())
+}
+
+#[test]
+fn who_is_attached_and_does_not_read_makes_no_guest_wait() -> Result<()> {
+    let state = state()?;
+    // again: in al, 0x3fd; test al, 1; jz again
+    let listen = [0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb];
+    // mov ecx, 0x60000; mov dx, 0x3f8; mov al, 'x'; again: out dx, al; loop again
+    let flood = [0xb9, 0, 0, 6, 0, 0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xe2, 0xfd];
+    let kernel = Micro::new().print("up\n").raw(&listen).raw(&flood).print("\ndone\n");
+    kernel.raw(&[0xf4, 0xeb, 0xfd]).write(&state.dir().join("flood"))?;
+    state.ok("run --detach --name flood -q --no-rootfs --memory 16M --kernel flood")?;
+    state.expect_log("flood", "up")?;
+    let api = Api::at(&state.state().join("flood/api.sock"));
+    let (mut dead, mut reader) = (api.console()?, api.console()?);
+    dead.write_all(b"!")?;
+    state.expect_log("flood", "done")?;
+    expect(&mut reader, "xxx\ndone\n")?;
+    std::fs::remove_file(state.dir().join("flood"))?;
+    Ok(())
+}
+
+/// Reads until there is `text`.
+fn expect(stream: &mut impl Read, text: &str) -> Result<()> {
+    let (mut seen, mut buf) = (String::new(), [0; 256]);
+    while !seen.contains(text) {
+        let n = stream.read(&mut buf)?;
+        ensure!(n > 0, "{text:?} is not in {seen:?}");
+        seen += &String::from_utf8_lossy(&buf[..n]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_console_that_is_elsewhere_or_asked_for_in_another_way_is_refused() -> Result<()> {
+    let state = state()?;
+    state.ok("run --detach --name file --serial file=out IDLE")?;
+    assert!(state.refused("attach file", 1)?.contains("in a file of its own"));
+    state.ok("run --detach --name quiet IDLE")?;
+    let api = Api::at(&state.state().join("quiet/api.sock"));
+    assert!(api.get("/vmm/v1/console")?.fault()?.contains("Upgrade: vmm-console"));
+    let all: Vec<_> = (0..16).map(|_| api.console()).collect::<Result<_>>()?;
+    assert!(state.refused("attach quiet", 1)?.contains("16 are attached already"));
+    drop(all);
+    std::fs::remove_file(state.dir().join("out"))?;
     Ok(())
 }
 

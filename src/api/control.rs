@@ -5,13 +5,15 @@ use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio::sync::watch;
-use vmm_core::config::Transport;
+use vmm_core::config::{SerialConfig, Transport};
+use vmm_core::console::ConsoleInput;
 use vmm_core::devices::registry::Patch;
 use vmm_core::{Vm, VmBuilder, VmState};
 
 use super::firecracker::types::{FullConfiguration, Logger, MmdsContents};
 use super::http::{MAX_BODY, Refusal};
 use super::metrics::MetricsFile;
+use crate::attach::{Client, Clients};
 use crate::logging::Logging;
 
 /// What the API asks of the thread that owns the session.
@@ -40,6 +42,8 @@ pub struct Control {
     metrics: MetricsFile,
     /// Most bytes of metadata.
     metadata_limit: usize,
+    /// Who is attached to the console.
+    clients: Arc<Clients>,
     /// For those who wait for the start.
     launched: watch::Sender<Option<Arc<Vm>>>,
 }
@@ -70,12 +74,12 @@ impl Control {
     ) -> Self {
         let state = State { configuration: FullConfiguration::default(), metadata: None, started: None };
         let (state, metrics) = (Mutex::new(state), MetricsFile::default());
-        let launched = watch::Sender::new(None);
-        Self { id: id.into(), transport, state, orders, logging, metrics, metadata_limit, launched }
+        let (clients, launched) = (Arc::default(), watch::Sender::new(None));
+        Self { id: id.into(), transport, state, orders, logging, metrics, metadata_limit, clients, launched }
     }
 
     /// Controls a machine that is there already.
-    pub fn of(name: &str, vm: Arc<Vm>, logging: Arc<Logging>) -> Self {
+    pub fn of(name: &str, vm: Arc<Vm>, logging: Arc<Logging>, clients: Arc<Clients>) -> Self {
         let config = vm.config();
         let (configuration, transport) =
             (FullConfiguration::of(&config).called(vm.aliases()), config.transport);
@@ -85,7 +89,31 @@ impl Control {
         // Not used: what it takes is done before the start.
         let (orders, _) = std::sync::mpsc::channel();
         let (metrics, metadata_limit) = (MetricsFile::default(), MAX_BODY);
-        Self { id: name.into(), transport, state, orders, logging, metrics, metadata_limit, launched }
+        Self {
+            id: name.into(),
+            transport,
+            state,
+            orders,
+            logging,
+            metrics,
+            metadata_limit,
+            clients,
+            launched,
+        }
+    }
+
+    /// Who is attached to the console of the machine, now or once there is one.
+    pub fn clients(&self) -> &Arc<Clients> {
+        &self.clients
+    }
+
+    /// Attaches somebody to the console of the running machine; what he types goes to the second.
+    pub fn attach(&self) -> Result<(Client, ConsoleInput), Refusal> {
+        let vm = self.vm()?;
+        if vm.config().serial != SerialConfig::Stdio {
+            return Err(Refusal("The machine has its console in a file of its own, or none.".into()));
+        }
+        Ok((self.clients.join()?, vm.console_input()))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

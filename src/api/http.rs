@@ -33,8 +33,8 @@ use utoipa::openapi::{
 
 use super::firecracker::types::Fault;
 
-/// Connections that are served at a time; more wait.
-const MAX_CONNECTIONS: usize = 512;
+/// Connections that are served at a time; more wait. Each has a thread if its call waits, so that no other waits for one.
+pub const MAX_CONNECTIONS: usize = 512;
 /// How long a client may take for the head of a request (and stay silent between two), and for its body.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long clients may take, at the end of the program, for the rest of their answers.
@@ -213,6 +213,24 @@ impl<C: Send + Sync + 'static> Calls<C> {
         self
     }
 
+    /// Adds a call after which the connection speaks `protocol`.
+    pub fn upgrade(
+        mut self,
+        path: &str,
+        what: &str,
+        protocol: &str,
+        route: axum::routing::MethodRouter,
+    ) -> Self {
+        self.router = self.router.route(path, route);
+        if self.described {
+            let answer = ResponseBuilder::new().description(format!("the connection speaks {protocol}"));
+            let operation = OperationBuilder::new().summary(Some(what)).response("101", answer);
+            let operation = operation.response("400", refused());
+            self.paths.add_path_operation(path, vec![HttpMethod::Get], operation);
+        }
+        self
+    }
+
     fn document<I: Input, O: Output>(mut self, method: HttpMethod, path: &str, what: &str) -> Self {
         if !self.described {
             return self;
@@ -319,29 +337,41 @@ async fn read_body(body: Body, max: usize) -> Result<Bytes, Refusal> {
 
 /// Serves `router` until `end`; then each client still gets the rest of the answer that is on its way to it, but nobody
 /// is waited for longer than [`LAST_WORDS`].
-pub async fn serve(listener: UnixListener, router: Router, end: impl Future) {
+pub async fn serve(listeners: Vec<UnixListener>, router: Router, end: impl Future) {
     let ending = watch::Sender::new(());
-    {
-        let (mut accepting, mut end) = (pin!(accept(listener, router, &ending)), pin!(end));
-        let either = |context: &mut Context<'_>| match end.as_mut().poll(context) {
-            Poll::Ready(_) => Poll::Ready(()),
-            Poll::Pending => accepting.as_mut().poll(context),
-        };
-        poll_fn(either).await;
-    }
+    first(async { _ = end.await }, accept(&listeners, router, &ending)).await;
     ending.send_replace(());
     // Each connection has a receiver. Who has not read it all by then is left behind.
     _ = tokio::time::timeout(LAST_WORDS, ending.closed()).await;
 }
 
+/// Does both until the first of them is done.
+pub async fn first(one: impl Future<Output = ()>, other: impl Future<Output = ()>) {
+    let (mut one, mut other) = (pin!(one), pin!(other));
+    poll_fn(|context| match one.as_mut().poll(context) {
+        Poll::Ready(()) => Poll::Ready(()),
+        Poll::Pending => other.as_mut().poll(context),
+    })
+    .await;
+}
+
+/// The next connection to any of them.
+async fn next(listeners: &[UnixListener]) -> std::io::Result<UnixStream> {
+    let accepted = |context: &mut Context<'_>| {
+        let mut all = listeners.iter().map(|listener| listener.poll_accept(context));
+        all.find(Poll::is_ready).unwrap_or(Poll::Pending)
+    };
+    Ok(poll_fn(accepted).await?.0)
+}
+
 /// Takes connections for ever. Clients that come while too many are served wait for their turn.
-async fn accept(listener: UnixListener, router: Router, ending: &watch::Sender<()>) {
+async fn accept(listeners: &[UnixListener], router: Router, ending: &watch::Sender<()>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         // The semaphore is never closed.
         let Ok(place) = places.clone().acquire_owned().await else { return };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let stream = match next(listeners).await {
+            Ok(stream) => stream,
             Err(error) => {
                 // Out of descriptors, most likely: others may give some back.
                 tracing::warn!(%error, "cannot take a connection of the API");

@@ -38,6 +38,11 @@ impl MetricsFile {
         }
     }
 
+    /// Whether there is such a file.
+    pub fn is_open(&self) -> bool {
+        self.0.lock().unwrap_or_else(|e| e.into_inner()).is_some()
+    }
+
     /// Writes one line with everything that is counted; an error is a sentence.
     pub fn flush(&self, vm: Option<&Vm>) -> Result<(), String> {
         let mut slot = self.0.lock().unwrap_or_else(|e| e.into_inner());

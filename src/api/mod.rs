@@ -20,15 +20,15 @@ use vmm_core::devices::virtio::unix_listener::UnixListener;
 
 use crate::logging::{Form, Logging};
 pub use control::{Control, Order};
-use http::LAST_WORDS;
-pub use http::MAX_BODY;
+use http::MAX_CONNECTIONS;
+pub use http::{LAST_WORDS, MAX_BODY, first};
 pub use metrics::open_sink;
 
 /// How often metrics are written without being asked for.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(60);
 
-/// The socket of the API; its file goes away with it.
-pub struct Socket(UnixListener);
+/// The sockets of the API; their files go away with it.
+pub struct Sockets(Vec<UnixListener>);
 
 /// An API that is served. When this is dropped, clients get the rest of their answers before the program can end: the
 /// last event, and the answer to who has stopped the machine.
@@ -46,25 +46,32 @@ impl Drop for Server {
     }
 }
 
-impl Socket {
-    /// Listens at `path`, for its owner only.
-    pub fn bind(path: &Path) -> anyhow::Result<Self> {
-        Ok(Self(UnixListener::bind("API socket", path, 0)?))
+impl Sockets {
+    /// Listens at each of `paths`, for its owner only. None: there is no API.
+    pub fn bind<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> anyhow::Result<Option<Self>> {
+        let bind = |path: P| UnixListener::bind("API socket", path.as_ref(), 0);
+        let all: Vec<UnixListener> = paths.into_iter().map(bind).collect::<Result<_, _>>()?;
+        Ok((!all.is_empty()).then_some(Self(all)))
     }
 
     /// Serves the API on threads of its own. Requests have bodies of at most `max_body` bytes.
     pub fn serve(&self, control: Arc<Control>, max_body: usize) -> anyhow::Result<Server> {
-        let socket = std::os::unix::net::UnixListener::from(self.0.as_fd().try_clone_to_owned()?);
+        let clone = |socket: &UnixListener| socket.as_fd().try_clone_to_owned();
+        let sockets: Vec<_> = self.0.iter().map(clone).collect::<Result<_, _>>()?;
         let router = calls(http::Calls::on(control.clone(), max_body)).router(firecracker::missing);
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(16).build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .max_blocking_threads(MAX_CONNECTIONS)
+            .build()?;
         let (end, wanted) = oneshot::channel();
         let (over, ended) = mpsc::channel();
         let work = move || {
             let _entered = tracing::error_span!("thread", id = "api").entered();
             runtime.block_on(async {
-                match tokio::net::UnixListener::from_std(socket) {
-                    Ok(listener) => http::serve(listener, router, wanted).await,
+                let listeners =
+                    sockets.into_iter().map(|socket| tokio::net::UnixListener::from_std(socket.into()));
+                match listeners.collect() {
+                    Ok(listeners) => first(http::serve(listeners, router, wanted), flush(control)).await,
                     Err(error) => tracing::error!(%error, "the API cannot listen"),
                 }
             });
@@ -73,20 +80,25 @@ impl Socket {
             runtime.shutdown_background();
         };
         thread::Builder::new().name("api".into()).spawn(work).context("cannot start the thread 'api'")?;
-        let flush = move || {
+        Ok(Server { end: Some(end), ended })
+    }
+}
+
+/// Writes metrics every minute, on a thread of its own: their file may be slow.
+async fn flush(control: Arc<Control>) {
+    loop {
+        tokio::time::sleep(FLUSH_INTERVAL).await;
+        if !control.metrics().is_open() {
+            continue;
+        }
+        let control = control.clone();
+        let write = move || {
             let _entered = tracing::error_span!("thread", id = "metrics").entered();
-            loop {
-                thread::sleep(FLUSH_INTERVAL);
-                if let Err(error) = control.metrics().flush(control.vm_if_started().as_deref()) {
-                    tracing::warn!("{error}");
-                }
+            if let Err(error) = control.metrics().flush(control.vm_if_started().as_deref()) {
+                tracing::warn!("{error}");
             }
         };
-        thread::Builder::new()
-            .name("metrics".into())
-            .spawn(flush)
-            .context("cannot start the thread 'metrics'")?;
-        Ok(Server { end: Some(end), ended })
+        _ = tokio::task::spawn_blocking(write).await;
     }
 }
 

@@ -9,10 +9,14 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes};
-use axum::http::header::CONTENT_TYPE;
+use axum::extract::Request as HttpRequest;
+use axum::http::StatusCode;
+use axum::http::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use hyper::body::Frame;
+use hyper::body::{Body as _, Frame};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -27,6 +31,11 @@ use super::metrics;
 /// Where our own calls are.
 const METRICS: &str = "/vmm/v1/metrics";
 const EVENTS: &str = "/vmm/v1/events";
+/// The console's call.
+pub const CONSOLE: &str = "/vmm/v1/console";
+
+/// What a connection speaks that is attached to the console: the guest's bytes, both ways.
+pub const CONSOLE_PROTOCOL: &str = "vmm-console";
 
 /// Longest time that a guest is given to shut down, in seconds.
 const MAX_DEADLINE: u64 = 24 * 60 * 60;
@@ -40,6 +49,8 @@ pub struct Inspection {
     pub pid: u32,
     /// `not started`, `created`, `running`, `paused`, `stopping` or `stopped`.
     pub state: String,
+    /// A snapshot is being made.
+    pub saving: bool,
     /// Microseconds from the start of the process to each milestone that is reached.
     pub milestones: BTreeMap<String, u64>,
     /// What is logged: a level, or levels of modules.
@@ -47,7 +58,7 @@ pub struct Inspection {
     /// The machine's configuration, with what was changed since.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub config: Option<Value>,
-    /// What it takes of the host.
+    /// What it takes of the host, unless that cannot be said because it stands still to be saved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
     /// Its virtio devices.
@@ -138,7 +149,8 @@ pub struct DevicePatch(pub serde_json::Map<String, Value>);
 
 /// Adds our own calls.
 pub fn calls(calls: Calls<Control>) -> Calls<Control> {
-    let (for_metrics, for_events) = (calls.control().clone(), calls.control().clone());
+    let (for_metrics, for_events, for_console) =
+        (calls.control().clone(), calls.control().clone(), calls.control().clone());
     calls
         .call(Get, "/vmm/v1/inspect", "Everything about the machine at this moment", inspect)
         .call(Put, "/vmm/v1/stop", "Presses the power button, and kills the machine at the deadline", stop)
@@ -152,6 +164,12 @@ pub fn calls(calls: Calls<Control>) -> Calls<Control> {
             "application/x-ndjson",
             get(|| events(for_events)),
         )
+        .upgrade(
+            CONSOLE,
+            "The machine's console, after an upgrade of the connection to vmm-console",
+            CONSOLE_PROTOCOL,
+            get(|request| console(for_console, request)),
+        )
 }
 
 fn inspect(control: &Control, _: Request<()>) -> Result<Json<Inspection>, Refusal> {
@@ -161,6 +179,7 @@ fn inspect(control: &Control, _: Request<()>) -> Result<Json<Inspection>, Refusa
         name: control.id.clone(),
         pid: std::process::id(),
         state: vm.map_or("not started", |vm| vm.state().name()).into(),
+        saving: vm.is_some_and(Vm::is_saving),
         milestones: vm.map(milestones).unwrap_or_default(),
         log: control.logging().filter(),
         config: vm.map(|vm| serde_json::to_value(vm.config())).transpose()?,
@@ -246,6 +265,27 @@ async fn prometheus(control: Arc<Control>) -> Response {
 async fn events(control: Arc<Control>) -> Result<Response, Refusal> {
     let lines = Lines::Waiting(Box::pin(async move { control.when_started().await.events() }));
     Ok(([(CONTENT_TYPE, "application/x-ndjson")], Body::new(lines)).into_response())
+}
+
+async fn console(control: Arc<Control>, mut request: HttpRequest) -> Result<Response, Refusal> {
+    let (client, input) = control.attach()?;
+    let wanted = request.headers().get(UPGRADE).is_some_and(|protocol| protocol == CONSOLE_PROTOCOL);
+    let can = request.extensions().get::<OnUpgrade>().is_some() && request.body().is_end_stream();
+    if !can || !wanted {
+        let asks = format!("Connection: upgrade, Upgrade: {CONSOLE_PROTOCOL}");
+        return Err(Refusal(format!(
+            "The console takes the whole connection; ask for it with the headers {asks}."
+        )));
+    }
+    let upgrade = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        // Who has gone is not attached any more.
+        if let Ok(stream) = upgrade.await {
+            client.serve(TokioIo::new(stream), input).await;
+        }
+    });
+    let headers = [(CONNECTION, "upgrade"), (UPGRADE, CONSOLE_PROTOCOL)];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
 }
 
 /// Events as the body of an answer, which grows as they happen.

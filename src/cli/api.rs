@@ -17,7 +17,8 @@ use super::{host, run, say};
 use crate::api::firecracker::VERSION;
 use crate::api::firecracker::types::{FullConfiguration, Logger, Metrics, MmdsContents};
 use crate::api::strict;
-use crate::api::{Control, MAX_BODY, Order, Socket, open_api};
+use crate::api::{Control, MAX_BODY, Order, Sockets, open_api};
+use crate::attach::Clients;
 use crate::exit::{ExitStatus, UsageError};
 use crate::logging::{Form, LogArgs, Logging};
 use crate::session::{self, Console, Manner, SignalThread};
@@ -222,10 +223,10 @@ impl Service {
         if let Some(metrics) = &self.metrics {
             control.metrics().open(&metrics.metrics_path).map_err(|sentence| anyhow!(sentence))?;
         }
-        let socket = self.socket.as_deref().map(Socket::bind).transpose()?;
+        let sockets = Sockets::bind(&self.socket)?;
         _ = self.socket.as_deref().map(|path| signals.remove_at_death(path));
-        let serve = |socket: &Socket| socket.serve(control.clone(), self.max_body);
-        let _server = socket.as_ref().map(serve).transpose()?;
+        let serve = |all: &Sockets| all.serve(control.clone(), self.max_body);
+        let _server = sockets.as_ref().map(serve).transpose()?;
         tracing::info!(id = self.id, "vmm {} is ready", env!("CARGO_PKG_VERSION"));
         if let Some(configuration) = self.launch {
             let control = control.clone();
@@ -234,7 +235,7 @@ impl Service {
                 .name("start".into())
                 .spawn(move || control.start_or_end(configuration))?;
         }
-        let status = run_machine(&launches, &signals, &self.id, start)?;
+        let status = run_machine(&launches, &signals, control.clients(), &self.id, start)?;
         if let Err(sentence) = control.metrics().flush(control.vm_if_started().as_deref()) {
             say(&sentence);
         }
@@ -246,6 +247,7 @@ impl Service {
 fn run_machine(
     orders: &Receiver<Order>,
     signals: &SignalThread,
+    clients: &Arc<Clients>,
     name: &str,
     start: Instant,
 ) -> anyhow::Result<ExitStatus> {
@@ -273,7 +275,8 @@ fn run_machine(
                 Ok(())
             }
         };
-        match session::run(&vm, Manner { console, quiet: true, stays_paused }, signals, started) {
+        let manner = Manner { console, clients: clients.clone(), quiet: true, stays_paused };
+        match session::run(&vm, manner, signals, started) {
             Ok(ended) => return host::status(&ended, None),
             Err(error) => _ = reply.send(Err(super::sentence(&error))),
         }

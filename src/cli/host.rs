@@ -8,19 +8,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, anyhow};
 use clap::{ArgAction, Args};
 use tracing::level_filters::LevelFilter;
-use vmm_core::config::SerialConfig;
 use vmm_core::console::WhenFull;
 use vmm_core::exits::ExitCount;
 use vmm_core::{Milestone, StopReason, Vm, VmBuilder, VmConfig};
 
 use super::machines::StateArgs;
 use super::{detach, say};
-use crate::api::{Control, MAX_BODY, Socket};
+use crate::api::{Control, MAX_BODY, Sockets};
+use crate::attach::Clients;
 use crate::exit::ExitStatus;
 use crate::logging::{LogArgs, Logging};
-use crate::machines::console::ConsoleServer;
 use crate::machines::log::Log;
-use crate::machines::{self, Outcome, Registered};
+use crate::machines::{self, Machine, Outcome, Registered};
 use crate::session::{self, Cause, Console, Ended, Manner, SignalThread};
 use crate::terminal::Stderr;
 
@@ -98,12 +97,12 @@ impl HostArgs {
         start: Instant,
     ) -> anyhow::Result<ExitStatus> {
         let signals = SignalThread::start()?;
-        let named = self.named(builder.config())?;
-        let socket =
-            self.api_sock.clone().or_else(|| named.as_ref().map(|named| named.registered.machine().api()));
-        let socket = socket.as_deref().map(Socket::bind).transpose()?;
-        let name = named.as_ref().map_or("vmm", |named| &named.registered.machine().name);
-        let own_console = Console::of(&builder.config().serial);
+        let named = self.named()?;
+        let machine = named.as_ref().map(Registered::machine);
+        // Commands by name know only their own.
+        let sockets = Sockets::bind(self.api_sock.iter().cloned().chain(machine.map(Machine::api)))?;
+        let name = machine.map_or("vmm", |machine| &machine.name);
+        let console = self.console(builder.config(), machine)?;
         let builder = builder
             .name(name)
             .process_start(start)
@@ -112,23 +111,20 @@ impl HostArgs {
         let vm = Arc::new(builder.build()?);
         // The machine has descriptors of its own.
         drop(kept);
-        let console = named.as_ref().and_then(|named| named.console.clone());
-        let manner =
-            Manner { console: console.unwrap_or(own_console), quiet: self.quiet, stays_paused: false };
+        let clients = Arc::<Clients>::default();
+        let manner = Manner { console, clients: clients.clone(), quiet: self.quiet, stays_paused: false };
         let mut server = None;
         let started = || {
-            let serve = |socket: &Socket| {
-                socket.serve(Arc::new(Control::of(name, vm.clone(), logging.clone())), MAX_BODY)
-            };
-            server = socket.as_ref().map(serve).transpose()?;
-            if let Some(named) = named.as_ref().filter(|_| self.in_background) {
-                let log = named.registered.machine().own_log();
+            let control = || Control::of(name, vm.clone(), logging.clone(), clients);
+            server = sockets.as_ref().map(|all| all.serve(Arc::new(control()), MAX_BODY)).transpose()?;
+            if let Some(machine) = machine.filter(|_| self.in_background) {
+                let log = machine.own_log();
                 let log = Log::create(&log).with_context(|| format!("cannot write '{}'", log.display()))?;
                 logging.write_to(log).map_err(|sentence| anyhow!(sentence))?;
             }
             // What can fail has not: from here on there is a machine.
             if let Some(named) = named.as_ref().filter(|_| !self.rm) {
-                named.registered.keep();
+                named.keep();
             }
             if self.in_background { detach::ready() } else { Ok(()) }
         };
@@ -138,7 +134,7 @@ impl HostArgs {
             status(&ended, command.then(|| vm.exit_status()))
         });
         if let Some(named) = &named {
-            named.finish(&vm, &status);
+            write_down_end(named, &vm, &status);
         }
         status
     }
@@ -155,12 +151,20 @@ impl HostArgs {
     }
 
     /// Takes the machine's name, if it has one.
-    fn named(&self, config: &VmConfig) -> anyhow::Result<Option<Named>> {
+    fn named(&self) -> anyhow::Result<Option<Registered>> {
         let Some(name) = &self.name else { return Ok(None) };
-        let registered = self.state.open()?.register(name)?;
-        let attachable = self.in_background && config.serial == SerialConfig::Stdio;
-        let console = attachable.then(|| ConsoleServer::start(registered.machine())).transpose()?;
-        Ok(Some(Named { registered, console: console.map(|server| Console::Attachable(Arc::new(server))) }))
+        Ok(Some(self.state.open()?.register(name)?))
+    }
+
+    /// Where the console is: what would be on the terminal is in a log when there is none.
+    fn console(&self, config: &VmConfig, machine: Option<&Machine>) -> anyhow::Result<Console> {
+        match (Console::of(&config.serial), machine.filter(|_| self.in_background).map(Machine::log)) {
+            (Console::Stdio, Some(path)) => {
+                let log = Log::create(&path).with_context(|| format!("cannot write '{}'", path.display()))?;
+                Ok(Console::Log(log))
+            }
+            (console, _) => Ok(console),
+        }
     }
 
     /// Prints what was asked for about a machine that has ended.
@@ -174,23 +178,14 @@ impl HostArgs {
     }
 }
 
-/// A machine with a name.
-struct Named {
-    registered: Registered,
-    /// Where its console is, when that is not decided by its configuration alone.
-    console: Option<Console>,
-}
-
-impl Named {
-    /// Writes down how it ended.
-    fn finish(&self, vm: &Vm, status: &anyhow::Result<ExitStatus>) {
-        let (code, reason) = match status {
-            Ok(status) => (status.code(), vm.wait().to_string()),
-            Err(error) => (ExitStatus::Failure.code(), super::sentence(error)),
-        };
-        if let Err(error) = self.registered.finish(&Outcome { status: code, reason }) {
-            say(&format!("cannot write down how the machine ended: {error}"));
-        }
+/// Writes down how a machine with a name ended.
+fn write_down_end(named: &Registered, vm: &Vm, status: &anyhow::Result<ExitStatus>) {
+    let (code, reason) = match status {
+        Ok(status) => (status.code(), vm.wait().to_string()),
+        Err(error) => (ExitStatus::Failure.code(), super::sentence(error)),
+    };
+    if let Err(error) = named.finish(&Outcome { status: code, reason }) {
+        say(&format!("cannot write down how the machine ended: {error}"));
     }
 }
 

@@ -4,7 +4,6 @@ mod stats;
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
 use std::time::Duration;
@@ -15,7 +14,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use clap_complete::ArgValueCandidates;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::stdio::stdin;
+use rustix::stdio::{stdin, stdout};
 use serde::Serialize;
 use serde_json::{Map, json};
 
@@ -24,7 +23,7 @@ use crate::api::own::Inspection;
 use crate::exit::ExitStatus;
 use crate::logging;
 use crate::machines::{Machine, StateDir, client, find_alive, log};
-use crate::session::pause;
+use crate::session::{self, pause};
 use crate::terminal::{self, KeyCommand, Keys, Terminal};
 
 /// How long a machine that was killed may take to be gone.
@@ -240,7 +239,7 @@ pub fn run(command: &MachineCommand) -> anyhow::Result<ExitStatus> {
 #[derive(Debug, Serialize)]
 struct Row {
     name: String,
-    /// As the API has it; `ended` or `killed` when there is none any more, `unknown` when it does not answer.
+    /// As the API has it; `saving` while a snapshot is made, `ended` or `killed` when there is none any more, `unknown` when it does not answer.
     state: String,
     pid: Option<i32>,
     cpus: Option<u64>,
@@ -277,7 +276,7 @@ fn row(machine: &Machine) -> Row {
     match inspection {
         Some(Ok(inspection)) => {
             let config = inspection.config.unwrap_or_default();
-            row.state = inspection.state;
+            row.state = if inspection.saving { "saving".into() } else { inspection.state };
             row.cpus = config["cpus"].as_u64();
             row.memory = config["memory"].as_str().map(str::to_owned);
             row.memory_resident_bytes = inspection.usage.map(|usage| usage.memory_resident_bytes);
@@ -383,9 +382,7 @@ fn logs(machine: &Machine, follow: bool, own: bool) -> anyhow::Result<ExitStatus
 }
 
 fn attach(machine: &Machine) -> anyhow::Result<ExitStatus> {
-    let stream = UnixStream::connect(machine.console());
-    let stream = stream
-        .map_err(|_| anyhow!("'{}' has its console on a terminal or in a file of its own", machine.name))?;
+    let (stream, read) = client::attach(machine)?;
     let terminal = Terminal::take();
     if terminal.is_some() {
         super::say("Ctrl-A d leaves the machine");
@@ -395,7 +392,7 @@ fn attach(machine: &Machine) -> anyhow::Result<ExitStatus> {
     // It ends with the process.
     thread::Builder::new().name("input".into()).spawn(move || {
         let (mut keys, mut buf) = (Keys::attached(), [0; 1024]);
-        while let Ok(n @ 1..) = crate::session::read(stdin(), &mut buf) {
+        while let Ok(n @ 1..) = session::read(stdin(), &mut buf) {
             let (mut typed, mut guest, mut leave) = (&buf[..n], Vec::new(), false);
             if !is_terminal {
                 guest.extend_from_slice(typed);
@@ -419,21 +416,19 @@ fn attach(machine: &Machine) -> anyhow::Result<ExitStatus> {
             }
         }
     })?;
-    let mut reader = stream;
     let mut buf = [0; 16 << 10];
-    let ended = loop {
+    let mut ended = session::write_all(stdout(), &read);
+    while ended.is_ok() {
         // A guest may be quiet for long.
-        if pause(Duration::MAX, Some(reader.as_fd())) {
-            break Err(Errno::PIPE);
+        if pause(Duration::MAX, Some(stream.as_fd())) {
+            ended = Err(Errno::PIPE);
+            break;
         }
-        match reader.read(&mut buf) {
-            Ok(n @ 1..) => match crate::session::write_all(rustix::stdio::stdout(), &buf[..n]) {
-                Ok(()) => {}
-                Err(error) => break Err(error),
-            },
-            _ => break Ok(()),
+        match (&stream).read(&mut buf) {
+            Ok(n @ 1..) => ended = session::write_all(stdout(), &buf[..n]),
+            _ => break,
         }
-    };
+    }
     drop(terminal);
     match ended {
         Ok(()) => Ok(ExitStatus::Success),

@@ -1,16 +1,20 @@
 //! Requests to the API of a machine.
 
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
-use axum::body::{Body, to_bytes};
-use axum::http::{Method, Request, StatusCode};
+use axum::body::{Body, Bytes, to_bytes};
+use axum::http::header::{CONNECTION, HOST, UPGRADE};
+use axum::http::{HeaderValue, Method, Request, Response, StatusCode};
+use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 
 use super::Machine;
+use crate::api::own::{CONSOLE, CONSOLE_PROTOCOL};
 
 /// How long a machine may take for its answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -41,33 +45,55 @@ fn ask_within(
     path: &str,
     body: Option<&Value>,
 ) -> anyhow::Result<Value> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let answer = runtime.block_on(async {
-        tokio::time::timeout(patience, send(&machine.api(), method, path, body))
-            .await
-            .unwrap_or_else(|_| bail!("it does not answer"))
-    });
-    let (status, text) = answer.with_context(|| format!("cannot ask '{}'", machine.name))?;
-    let answer = if text.is_empty() { Value::Null } else { serde_json::from_slice(&text)? };
+    let body = body.map_or_else(Body::empty, |body| Body::from(body.to_string()));
+    let request = Request::builder().method(method).uri(path).body(body)?;
+    let answer = wait(patience, async { read(send(&machine.api(), request).await?).await });
+    let (status, answer) = answer.with_context(|| format!("cannot ask '{}'", machine.name))?;
     match status.is_success() {
         true => Ok(answer),
-        false => Err(anyhow!("{}", answer["fault_message"].as_str().unwrap_or("the request was refused"))),
+        false => Err(refusal(&answer)),
     }
 }
 
-async fn send(
-    socket: &Path,
-    method: Method,
-    path: &str,
-    body: Option<&Value>,
-) -> anyhow::Result<(StatusCode, Vec<u8>)> {
+/// Attaches to the console of `machine`: a stream of bytes both ways, and what has come on it already.
+pub fn attach(machine: &Machine) -> anyhow::Result<(UnixStream, Bytes)> {
+    let request = Request::get(CONSOLE).header(CONNECTION, "upgrade").header(UPGRADE, CONSOLE_PROTOCOL);
+    let request = request.body(Body::empty())?;
+    let attached = wait(PATIENCE, async {
+        let answer = send(&machine.api(), request).await?;
+        if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(refusal(&read(answer).await?.1));
+        }
+        let stream = hyper::upgrade::on(answer).await?.downcast::<TokioIo<tokio::net::UnixStream>>();
+        let stream = stream.map_err(|_| anyhow!("the connection is of another kind"))?;
+        Ok((stream.io.into_inner().into_std()?, stream.read_buf))
+    });
+    let (stream, read) = attached.with_context(|| format!("cannot attach to '{}'", machine.name))?;
+    stream.set_nonblocking(false)?;
+    Ok((stream, read))
+}
+
+fn wait<T>(patience: Duration, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let work = async { tokio::time::timeout(patience, work).await };
+    runtime.block_on(work).unwrap_or_else(|_| bail!("it does not answer"))
+}
+
+fn refusal(answer: &Value) -> anyhow::Error {
+    anyhow!("{}", answer["fault_message"].as_str().unwrap_or("the request was refused"))
+}
+
+async fn send(socket: &Path, mut request: Request<Body>) -> anyhow::Result<Response<Incoming>> {
     let stream = tokio::net::UnixStream::connect(socket).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    let body = body.map_or_else(Body::empty, |body| Body::from(body.to_string()));
-    let request = Request::builder().method(method).uri(path).header("host", "vmm").body(body)?;
     // It ends with the exchange, or makes that fail.
-    tokio::spawn(connection);
-    let answer = sender.send_request(request).await?;
+    tokio::spawn(connection.with_upgrades());
+    request.headers_mut().insert(HOST, HeaderValue::from_static("vmm"));
+    Ok(sender.send_request(request).await?)
+}
+
+async fn read(answer: Response<Incoming>) -> anyhow::Result<(StatusCode, Value)> {
     let status = answer.status();
-    Ok((status, to_bytes(Body::new(answer.into_body()), MAX_ANSWER).await?.to_vec()))
+    let text = to_bytes(Body::new(answer.into_body()), MAX_ANSWER).await?;
+    Ok((status, if text.is_empty() { Value::Null } else { serde_json::from_slice(&text)? }))
 }

@@ -5,7 +5,6 @@
 //! STATE/.new, .old       a machine while it is added or removed
 //! STATE/NAME/lock        locked by the machine's process as long as it lives: its number, then how it ended
 //! STATE/NAME/api.sock    its control API
-//! STATE/NAME/console.sock  its console, when it is detached
 //! STATE/NAME/log, log.1  what was on its console
 //! STATE/NAME/vmm-log, vmm-log.1  what its process has said in the background
 //! ```
@@ -14,7 +13,6 @@
 //! and nothing that a killed process leaves behind is mistaken for a living machine.
 
 pub mod client;
-pub mod console;
 pub mod log;
 
 use std::cell::Cell;
@@ -273,11 +271,6 @@ impl Machine {
     /// The socket of its API.
     pub fn api(&self) -> PathBuf {
         self.path("api.sock")
-    }
-
-    /// The socket of its console.
-    pub fn console(&self) -> PathBuf {
-        self.path("console.sock")
     }
 
     /// Its log.

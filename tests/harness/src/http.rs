@@ -111,6 +111,23 @@ impl Api {
         Ok(())
     }
 
+    /// Attached to the machine's console: its bytes, both ways.
+    pub fn console(&self) -> Result<UnixStream> {
+        let mut stream = self.connect()?;
+        write!(
+            stream,
+            "GET /vmm/v1/console HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: vmm-console\r\n\r\n"
+        )?;
+        let (mut head, mut byte) = (Vec::new(), [0]);
+        // What comes after the head is the guest's.
+        while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte)? == 1 {
+            head.extend(byte);
+        }
+        let head = String::from_utf8(head)?;
+        ensure!(head.starts_with("HTTP/1.1 101 "), "not attached: {head}");
+        Ok(stream)
+    }
+
     /// Lines of JSON of an answer that grows, to its end.
     pub fn follow(&self, path: &str) -> Result<impl Iterator<Item = Value> + use<>> {
         let lines = BufReader::new(self.begin("GET", path, "")?).lines().map_while(Result::ok);

@@ -648,8 +648,8 @@ fn what_is_being_saved_still_answers() -> Result<()> {
     let mut answers = 0;
     while !saved.is_finished() {
         let inspection = api.get_json("/vmm/v1/inspect")?;
-        assert_eq!(inspection["state"], "paused");
-        if inspection["saving"] == true {
+        // It may be resumed before all that was saved lasts.
+        if (&inspection["state"], &inspection["saving"]) == (&json!("paused"), &json!(true)) {
             answers += 1;
             if waiting.is_empty() {
                 // More than a few of whoever wants to change something wait, and keep nobody else waiting.

@@ -100,14 +100,17 @@ fn who_leaves_the_console_of_a_quiet_guest_makes_room() -> Result<()> {
 #[test]
 fn a_machine_in_the_foreground_can_be_attached_to_and_has_both_its_sockets() -> Result<()> {
     let state = state()?;
-    let mut guest = state.command("run -q --name here --api-sock own.sock -- cat");
-    let mut guest = guest.stdin(Stdio::piped()).spawn()?;
+    let mut guest = state.command("run -q --name here --api-sock own.sock --");
+    let line = "until read -t 1 go; do echo ready; done; cat";
+    let mut guest = guest.args(["sh", "-c", line]).stdin(Stdio::piped()).spawn()?;
     let own = Api::when_ready(&state.dir().join("own.sock"))?;
     while state.ps()?[0]["state"] != "running" {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     assert_eq!(own.get_json("/vmm/v1/inspect")?["name"], "here");
     let mut first = own.console()?;
+    expect(&mut first, "ready")?;
+    first.write_all(b"go\n")?;
     let mut attached = state.command("attach here").stdin(Stdio::piped()).spawn()?;
     // Each types, and all see it: once as it is typed and once from the program.
     attached.stdin.as_mut().context("a pipe")?.write_all(b"from-second\n")?;
@@ -135,22 +138,24 @@ fn who_is_attached_and_does_not_read_makes_no_guest_wait() -> Result<()> {
     let listen = [0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb];
     // mov ecx, 0x60000; mov dx, 0x3f8; mov al, 'x'; again: out dx, al; loop again
     let flood = [0xb9, 0, 0, 6, 0, 0x66, 0xba, 0xf8, 0x03, 0xb0, b'x', 0xee, 0xe2, 0xfd];
-    let kernel = Micro::new().print("up\n").raw(&listen).raw(&flood).print("\ndone\n");
+    let kernel =
+        Micro::new().out8(0x3f9, 1).out8(0x3fc, 8).print("up\n").raw(&listen).raw(&flood).print("\ndone\n");
     kernel.raw(&[0xf4, 0xeb, 0xfd]).write(&state.dir().join("flood"))?;
     state.ok("run --detach --name flood -q --no-rootfs --memory 16M --kernel flood")?;
     state.expect_log("flood", "up")?;
     let api = Api::at(&state.state().join("flood/api.sock"));
     let (mut dead, mut reader) = (api.console()?, api.console()?);
+    let reader = std::thread::spawn(move || expect(&mut reader, "xxx\ndone\n"));
     dead.write_all(b"!")?;
     state.expect_log("flood", "done")?;
-    expect(&mut reader, "xxx\ndone\n")?;
+    reader.join().expect("no panic")?;
     std::fs::remove_file(state.dir().join("flood"))?;
     Ok(())
 }
 
 /// Reads until there is `text`.
 fn expect(stream: &mut impl Read, text: &str) -> Result<()> {
-    let (mut seen, mut buf) = (String::new(), [0; 256]);
+    let (mut seen, mut buf) = (String::new(), [0; 4096]);
     while !seen.contains(text) {
         let n = stream.read(&mut buf)?;
         ensure!(n > 0, "{text:?} is not in {seen:?}");

@@ -1,14 +1,16 @@
 //! What a guest gets that was given no kernel or no root file system: this project's own, from guest-images.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 
+use anyhow::Context;
 use guest_images::kernel::{self, Flavour};
 use guest_images::progress::{Console, Progress};
 use guest_images::rootfs;
 
 use vmm_core::devices::registry::DeviceConfig;
+use vmm_core::devices::storage;
 use vmm_core::hypervisor::kvm::KvmHypervisor;
 use vmm_core::{Vm, VmConfig};
 
@@ -50,7 +52,8 @@ pub fn wants_root(config: &VmConfig) -> bool {
 /// Gives a machine a root disk that ends with it. The file is to be kept until the machine is built.
 pub fn provide_root(config: &mut VmConfig, quiet: bool) -> anyhow::Result<File> {
     let image = rootfs::demo(&mut *progress(quiet))?;
-    let copy = rootfs::private_copy(&image)?;
+    let copy = File::open(&image).and_then(|file| storage::private_copy(&image, file.as_fd()));
+    let copy = copy.with_context(|| format!("cannot copy '{}'", image.display()))?;
     let path = PathBuf::from(format!("/proc/self/fd/{}", copy.as_raw_fd()));
     config.devices.insert(0, crate::cli::root_disk(&path));
     Ok(copy)

@@ -11,6 +11,7 @@
 //! - [`pci`]: the bus, its configuration spaces, and MSI-X.
 //! - [`params`] and [`size`]: configuration as people write it on a command line.
 //! - [`snapshot`]: how all of these save their state, and take it back.
+//! - [`storage`]: copies of what guests have stored in files of the host.
 //! - [`throttle`]: token buckets, for what a guest may use of a device and of the log.
 //! - [`registry`]: the one list of virtio device kinds. Command line, configuration, conformance tests and
 //!   fuzz targets all come from it.
@@ -25,6 +26,7 @@ pub mod pci;
 pub mod registry;
 pub mod size;
 pub mod snapshot;
+pub mod storage;
 pub mod throttle;
 pub mod virtio;
 

@@ -5,6 +5,7 @@
 
 use std::any::Any;
 use std::fmt;
+use std::fs::File;
 use std::os::fd::{BorrowedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::snapshot::SnapshotError;
+use crate::storage::{Storage, StorageError};
 use crate::throttle::Limits;
 use crate::virtio::config_space::ConfigSpace;
 use crate::virtio::net::MacAddr;
@@ -230,6 +232,17 @@ pub trait VirtioDevice: Send {
         Ok(Value::Null)
     }
 
+    /// What it keeps on the host for its guest, apart from what the guest can only read. Nothing, for most.
+    fn storage(&self) -> Option<Storage> {
+        None
+    }
+
+    /// Writes all of that to the empty file `to`, so that [`DeviceKind::begin_with`] can begin with it. The device is
+    /// drained, and nothing runs.
+    fn save_storage(&self, _to: &File) -> Result<(), StorageError> {
+        Ok(())
+    }
+
     /// Whether a guest that has seen the configuration space `saved` can go on with `now`, which differs where the device alone
     /// writes.
     fn check_config(&self, _saved: &[u8], _now: &[u8]) -> Result<(), SnapshotError> {
@@ -404,6 +417,15 @@ pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOw
     /// Writes down what the guest sees and what follows from names on the host, so that a machine which is restored with
     /// other names has it as well.
     fn pin(&mut self) {}
+
+    /// Has the device begin with what [`VirtioDevice::save_storage`] wrote to the file `saved`, in this format. It never writes
+    /// that file: what the guest stores is its own, and ends with the machine.
+    fn begin_with(&mut self, _saved: &Path, _format: &str) -> Result<(), OpenError> {
+        Err(Self::refused("it keeps nothing that a snapshot could have"))
+    }
+
+    /// Called when the configuration was `before` and something of it is another now: takes back what was said of that alone.
+    fn changed_from(&mut self, _before: &Self) {}
 
     /// What the guest may use of the device, a lane each (see [`VirtioDevice::lane`]). All kinds name the keys
     /// alike: see [`crate::throttle::is_limit`].

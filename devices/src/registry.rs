@@ -4,6 +4,7 @@
 //! device is one file and one line.
 
 use std::any::Any;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -128,6 +129,19 @@ macro_rules! registry {
                 match self { $(Self::$variant(config) => config.pin(),)+ }
             }
 
+            /// See [`DeviceKind::begin_with`].
+            pub fn begin_with(&mut self, saved: &Path, format: &str) -> Result<(), OpenError> {
+                match self { $(Self::$variant(config) => config.begin_with(saved, format),)+ }
+            }
+
+            /// See [`DeviceKind::changed_from`].
+            pub fn changed_from(&mut self, before: &Self) {
+                match (self, before) {
+                    $((Self::$variant(config), Self::$variant(before)) => config.changed_from(before),)+
+                    _ => {}
+                }
+            }
+
             /// See [`DeviceKind::HOST`].
             fn host_keys(&self) -> &'static [&'static str] {
                 match self { $(Self::$variant(_) => <$config>::HOST,)+ }
@@ -183,7 +197,7 @@ impl DeviceConfig {
                 value => after.insert(key.clone(), value.clone()),
             };
         }
-        let config: Self = serde_json::from_value(Value::Object(after)).map_err(refused)?;
+        let mut config: Self = serde_json::from_value(Value::Object(after)).map_err(refused)?;
         let (mut limits, mut device) = (false, false);
         for key in self.changed(&config).map_err(refused)? {
             if throttle::is_limit(&key) {
@@ -202,6 +216,7 @@ impl DeviceConfig {
                 return Err(UpdateError::Fixed { kind, key, can });
             }
         }
+        config.changed_from(self);
         Ok(Update { config, limits, device })
     }
 

@@ -1,14 +1,11 @@
 //! Root file systems: any directory as an ext4 image, and the project's own small one (BusyBox, our init, a
 //! shell without login).
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, Permissions};
 use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-
-use rustix::fs::{Mode, OFlags, SeekFrom};
-use rustix::io::Errno;
 
 use crate::cache::{self, CacheError, Shelf};
 pub use crate::ext4::{DEFAULT_UUID, Ext4Error, Options as Ext4Options, build as build_ext4};
@@ -79,7 +76,7 @@ const LAYOUT: &[u8] = b"2";
 const IMAGE_SIZE: u64 = 128 << 20;
 
 /// The demo image's path in the cache, built first when it is not there. Guests must not write to it: give them
-/// a [`private_copy`], or the image read-only.
+/// a copy, or the image read-only.
 ///
 /// # Errors
 /// No cache, no BusyBox, or no e2fsprogs.
@@ -236,53 +233,6 @@ fn is_static(path: &Path) -> bool {
     })
 }
 
-/// A copy of `image` that has no name, so that nothing is left of it when its last user is gone, however that
-/// user ends. Shares blocks with the original where the file system can; holes stay holes. Others open it as
-/// `/proc/self/fd/N`.
-///
-/// # Errors
-/// The image cannot be read, or there is no room for the copy beside it and in the temporary directory.
-pub fn private_copy(image: &Path) -> Result<File, RootfsError> {
-    let original = File::open(image).map_err(|source| file_error(image, source))?;
-    let beside = image.parent().unwrap_or(Path::new("/"));
-    let copy = nameless(beside).or_else(|_| nameless(&std::env::temp_dir()));
-    let copy = copy.map_err(|source| file_error(&std::env::temp_dir(), source.into()))?;
-    if rustix::fs::ioctl_ficlone(&copy, &original).is_err() {
-        copy_data(&original, &copy).map_err(|source| file_error(image, source.into()))?;
-    }
-    Ok(copy)
-}
-
-fn nameless(directory: &Path) -> Result<File, Errno> {
-    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR).map(File::from)
-}
-
-/// Copies what is not a hole.
-fn copy_data(from: &File, to: &File) -> Result<(), Errno> {
-    let length = rustix::fs::fstat(from)?.st_size.cast_unsigned();
-    rustix::fs::ftruncate(to, length)?;
-    let mut position = 0;
-    loop {
-        position = match rustix::fs::seek(from, SeekFrom::Data(position)) {
-            Ok(position) => position,
-            // Only a hole is left.
-            Err(Errno::NXIO) => return Ok(()),
-            Err(error) => return Err(error),
-        };
-        let end = rustix::fs::seek(from, SeekFrom::Hole(position))?;
-        let (mut source, mut target) = (position, position);
-        while source < end {
-            let count = usize::try_from(end - source).unwrap_or(usize::MAX);
-            if rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), count)? == 0 {
-                // Somebody has cut the original short meanwhile.
-                return Ok(());
-            }
-        }
-        position = end;
-    }
-}
-
 fn read(path: &Path) -> Result<Vec<u8>, RootfsError> {
     fs::read(path).map_err(|source| file_error(path, source))
 }
@@ -294,8 +244,7 @@ fn file_error(path: &Path, source: io::Error) -> RootfsError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsRawFd;
-    use std::os::unix::fs::{FileExt, MetadataExt};
+    use std::os::unix::fs::MetadataExt;
 
     fn output(program: &str, arguments: &[&str]) -> String {
         let output = Command::new(packages::find(program).unwrap()).args(arguments).output().unwrap();
@@ -319,26 +268,6 @@ mod tests {
         assert_eq!(demo_in(base.path(), &mut ()).unwrap(), image);
         let after = image.metadata().unwrap();
         assert_eq!((before.ino(), before.mtime_nsec()), (after.ino(), after.mtime_nsec()));
-    }
-
-    #[test]
-    fn a_private_copy_is_equal_sparse_nameless_and_separate() {
-        let directory = tempfile::tempdir().unwrap();
-        let image = directory.path().join("image");
-        let file = File::create(&image).unwrap();
-        file.set_len(64 << 20).unwrap();
-        file.write_all_at(&[7; 5000], 1 << 20).unwrap();
-        file.write_all_at(b"end", (64 << 20) - 3).unwrap();
-        let copy = private_copy(&image).unwrap();
-        assert_eq!(
-            fs::read(&image).unwrap(),
-            fs::read(format!("/proc/self/fd/{}", copy.as_raw_fd())).unwrap()
-        );
-        assert!(copy.metadata().unwrap().blocks() < 1000);
-        assert_eq!(copy.metadata().unwrap().nlink(), 0);
-        copy.write_all_at(b"mine", 0).unwrap();
-        assert_eq!(fs::read(&image).unwrap()[..4], [0; 4]);
-        assert_eq!(fs::read_dir(&directory).unwrap().count(), 1);
     }
 
     #[test]

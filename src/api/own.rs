@@ -108,6 +108,13 @@ pub struct SnapshotRequest {
     /// What of the memory is saved.
     #[serde(default)]
     pub kind: Kind,
+    /// Whether disks are taken along that the guest can write. `true` if it is left out.
+    #[serde(default = "yes")]
+    pub disks: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// What of the memory is in a snapshot.
@@ -229,13 +236,17 @@ fn put_snapshot(
     control: &Control,
     request: Request<Json<SnapshotRequest>>,
 ) -> Result<Json<SnapshotMade>, Refusal> {
-    let SnapshotRequest { path, kind } = request.body.0;
+    let SnapshotRequest { path, kind, disks } = request.body.0;
     let kind = match kind {
         Kind::Full => SnapshotKind::Full,
         Kind::Diff => SnapshotKind::Diff,
         Kind::Clones => SnapshotKind::Clones,
     };
-    let report = control.vm()?.snapshot(&path, kind)?;
+    let vm = control.vm()?;
+    let report = match disks {
+        true => vm.snapshot(&path, kind)?,
+        false => vm.snapshot_without_disks(&path, kind)?,
+    };
     Ok(Json(SnapshotMade {
         id: report.id,
         paused_micros: report.paused.as_micros() as u64,

@@ -25,6 +25,9 @@ pub struct ForkArgs {
     /// Change what a device of the clones is on the host; {} stands for the clone's number
     #[arg(long = "set", value_name = "DEVICE.KEY=VALUE")]
     changes: Vec<String>,
+    /// Leave out the disks, which --set then has to provide as they were
+    #[arg(long)]
+    no_disks: bool,
     /// Remove all that is kept of a clone when it ends
     #[arg(long)]
     rm: bool,
@@ -36,7 +39,7 @@ pub fn run(args: &ForkArgs) -> anyhow::Result<ExitStatus> {
     let state = args.machine.state();
     let taken: Vec<String> = state.open()?.list()?.into_iter().map(|machine| machine.name).collect();
     let dir = machine.path(&format!("fork-{}", std::process::id()));
-    save(&machine, &dir, "clones")?;
+    save(&machine, &dir, "clones", !args.no_disks)?;
     let numbers = (1..).map(|number| (number, format!("{}-{number}", machine.name)));
     let free = numbers.filter(|(_, name)| !taken.contains(name)).take(args.n as usize);
     let clones: Vec<_> = free.map(|(number, name)| (start(args, state, &dir, number, &name), name)).collect();

@@ -86,6 +86,12 @@ impl HostArgs {
         detach::start(self.name.clone())
     }
 
+    /// The directory that the machine is going to have, if it has a name.
+    pub fn machine_directory(&self) -> anyhow::Result<Option<PathBuf>> {
+        let Some(name) = &self.name else { return Ok(None) };
+        Ok(Some(self.state.open()?.directory_of(name)))
+    }
+
     /// Builds a machine and runs it to its end. `kept`: stays open until it is built. `command`: it runs for the sake of
     /// one command, whose exit status counts. `start` is when the process began.
     pub fn run(

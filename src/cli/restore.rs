@@ -1,9 +1,9 @@
 //! `vmm restore`: a machine goes on from its snapshot.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use clap::Args;
 use serde_json::{Map, Value};
 use vmm_core::config::SerialConfig;
@@ -30,7 +30,8 @@ pub struct RestoreArgs {
     /// Change what a device is on the host, such as disk0.path=FILE; repeat for more
     ///
     /// Devices and keys are those of the configuration in the snapshot's manifest. What the guest sees of a device must
-    /// stay, but for its MAC address and CID.
+    /// stay, but for its MAC address and CID. A disk with another path is used as it is, and not what was saved of it; a
+    /// machine with a name has its vsock at vsock.sock in its own directory, if no other path is set.
     #[arg(long = "set", value_name = "DEVICE.KEY=VALUE", help_heading = "Machine")]
     changes: Vec<String>,
 
@@ -86,14 +87,11 @@ pub fn run(args: &RestoreArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     if let Some(serial) = &args.serial {
         config.serial = serial.clone();
     }
+    if let Some(directory) = args.host.machine_directory()? {
+        own_sockets(&mut config, &directory);
+    }
     for change in &args.changes {
         set(&mut config, change)?;
-    }
-    if let Some(name) = private_disk(&config) {
-        bail!(
-            "{name} was a private copy that ended with its machine; give the clone another with --set {name}.path=FILE, or run \
-             machines that are to be saved with --rootfs"
-        );
     }
     snapshot.set_config(config)?;
     let persona =
@@ -106,14 +104,13 @@ pub fn run(args: &RestoreArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     args.host.run(builder, (), false, logging, start)
 }
 
-/// The name of a disk that was made for one machine only, and has no name in the file system.
-fn private_disk(config: &VmConfig) -> Option<String> {
-    let private = |device: &DeviceConfig| match device {
-        DeviceConfig::Disk(disk) => disk.path.starts_with("/proc/self/fd"),
-        _ => false,
-    };
-    let at = config.devices.iter().position(private)?;
-    config.device_names().into_iter().nth(at)
+/// A machine with a name has sockets of its own in its directory, since its parent may still have those of the snapshot.
+fn own_sockets(config: &mut VmConfig, directory: &Path) {
+    for device in &mut config.devices {
+        if let DeviceConfig::Vsock(vsock) = device {
+            vsock.path = directory.join("vsock.sock");
+        }
+    }
 }
 
 fn machine_id(text: &str) -> Result<MachineId, String> {

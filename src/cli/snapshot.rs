@@ -16,7 +16,8 @@ use crate::machines::{Machine, client, find_alive};
 
 /// Save a machine with a name to a directory, or look at what was saved
 ///
-/// The machine stands still for some milliseconds and goes on. An older snapshot in the directory is replaced, once the
+/// The machine stands still for some milliseconds, or as long as it takes to copy the disks that it can write, and goes
+/// on. An older snapshot in the directory is replaced, once the
 /// new one is whole.
 #[derive(Args, Clone, Debug)]
 #[command(subcommand_negates_reqs = true, args_conflicts_with_subcommands = true, after_help = EXAMPLES)]
@@ -30,6 +31,9 @@ pub struct SnapshotArgs {
     /// Save only what was written since the last snapshot, which stays needed; the machine runs with --track-dirty
     #[arg(long)]
     diff: bool,
+    /// Leave out the disks, which whoever restores the machine then has to provide as they were
+    #[arg(long)]
+    no_disks: bool,
     /// Kill the machine once it is saved
     #[arg(long)]
     stop: bool,
@@ -60,7 +64,7 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitStatus> {
         (Some(LookCommand::Inspect { dir }), ..) => inspect(dir),
         (None, Some(name), Some(to)) => {
             let machine = find_alive(&args.state.open()?, name)?;
-            save(&machine, to, if args.diff { "diff" } else { "full" })?;
+            save(&machine, to, if args.diff { "diff" } else { "full" }, !args.no_disks)?;
             if args.stop {
                 super::machines::stop(&machine, 0)?;
             }
@@ -72,14 +76,14 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitStatus> {
 }
 
 /// Lets the machine save itself; `kind` is as the API has it.
-pub(super) fn save(machine: &Machine, to: &Path, kind: &str) -> anyhow::Result<()> {
+pub(super) fn save(machine: &Machine, to: &Path, kind: &str, disks: bool) -> anyhow::Result<()> {
     // The machine may run in another directory.
     let to = std::path::absolute(to)?;
     client::ask_for_long(
         machine,
         Method::PUT,
         "/vmm/v1/snapshot",
-        Some(&json!({ "path": to, "kind": kind })),
+        Some(&json!({ "path": to, "kind": kind, "disks": disks })),
     )?;
     Ok(())
 }

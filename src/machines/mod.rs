@@ -5,6 +5,7 @@
 //! STATE/.new, .old       a machine while it is added or removed
 //! STATE/NAME/lock        locked by the machine's process as long as it lives: its number, then how it ended
 //! STATE/NAME/api.sock    its control API
+//! STATE/NAME/vsock.sock  its vsock, when it comes from a snapshot
 //! STATE/NAME/log, log.1  what was on its console
 //! STATE/NAME/vmm-log, vmm-log.1  what its process has said in the background
 //! ```
@@ -107,6 +108,11 @@ impl StateDir {
         let file = File::options().create(true).append(true).mode(0o600).open(self.0.join(".lock"))?;
         file.lock()?;
         Ok(file)
+    }
+
+    /// The directory of a machine of this name.
+    pub fn directory_of(&self, name: &str) -> PathBuf {
+        self.0.join(name)
     }
 
     /// Takes `name` for a machine of this process. Nothing of it stays unless [`Registered::keep`] is called.

@@ -12,7 +12,7 @@ use crate::machine::{Machine, Tracking};
 use crate::memory::GuestRam;
 use crate::snapshot::memory_file::Pages;
 use crate::snapshot::memory_writer::{MemoryWriter, touched};
-use crate::snapshot::{Base, Captured, SnapshotFailed, SnapshotKind};
+use crate::snapshot::{Base, Captured, DiskTarget, SnapshotFailed, SnapshotKind};
 use crate::state::VmState;
 use crate::vm::VmError;
 
@@ -123,6 +123,7 @@ impl Control {
         &mut self,
         memory: &mut MemoryWriter,
         ahead: bool,
+        disks: &DiskTarget,
         kind: SnapshotKind,
     ) -> Result<Captured, VmError> {
         let running = self.can_be_saved()?;
@@ -132,7 +133,8 @@ impl Control {
         if running {
             machine.pause()?;
         }
-        let captured = Self::save(machine, memory, ahead, kind, config, self.inbox.exit_status());
+        let captured = Self::save(machine, memory, ahead, kind, config, self.inbox.exit_status())
+            .and_then(|captured| Ok(Captured { disks: disks.save(machine)?, ..captured }));
         if running {
             machine.resume()?;
         }
@@ -162,8 +164,8 @@ impl Control {
             (None, None) => touched(&machine.ram).map_err(failed)?,
         };
         memory.write(&machine.ram, &pages, &|| true).map_err(failed)?;
-        let (written, aliases) = (memory.written(), BTreeMap::new());
-        Ok(Captured { sections, written, config, aliases, paused: Duration::ZERO, diff })
+        let (written, disks, aliases) = (memory.written(), Vec::new(), BTreeMap::new());
+        Ok(Captured { sections, written, disks, config, aliases, paused: Duration::ZERO, diff })
     }
 
     /// The pages that were dirty when the machine was captured are in the snapshot `base`.

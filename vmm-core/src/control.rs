@@ -14,7 +14,7 @@ use crate::event::{Journal, What};
 use crate::machine::{Inbox, Machine, Reported, Usage};
 use crate::snapshot::memory_file::Pages;
 use crate::snapshot::memory_writer::MemoryWriter;
-use crate::snapshot::{Base, Captured, SnapshotKind};
+use crate::snapshot::{Base, Captured, DiskTarget, SnapshotKind};
 use crate::state::{IllegalTransition, StopReason, VmState};
 use crate::vcpu::VcpuEnd;
 use crate::vm::VmError;
@@ -44,10 +44,11 @@ pub(crate) enum Message {
     DirtyPages(Sender<Result<Pages, VmError>>),
     /// That snapshot is made, or has failed.
     EndAhead,
-    /// Save the machine's state, and what of its memory is not written yet.
+    /// Save the machine's state, what of its memory is not written yet, and its disks.
     Capture {
         memory: MemoryWriter,
         ahead: bool,
+        disks: DiskTarget,
         kind: SnapshotKind,
         reply: Sender<Result<Captured, VmError>>,
     },
@@ -141,8 +142,8 @@ impl Control {
                 Ok(Message::BeginAhead { kind, reply }) => _ = reply.send(self.begin_ahead(kind)),
                 Ok(Message::DirtyPages(reply)) => _ = reply.send(self.dirty_pages()),
                 Ok(Message::EndAhead) => self.end_ahead(),
-                Ok(Message::Capture { mut memory, ahead, kind, reply }) => {
-                    _ = reply.send(self.capture(&mut memory, ahead, kind));
+                Ok(Message::Capture { mut memory, ahead, disks, kind, reply }) => {
+                    _ = reply.send(self.capture(&mut memory, ahead, &disks, kind));
                 }
                 Ok(Message::Captured(base)) => self.captured(base),
                 Ok(Message::Reported) => self.reported(),

@@ -3,6 +3,7 @@
 //! What turns a device needs, its [`Unit`] knows; what calls for a turn is watched here: kicks, host sources, tokens that
 //! have come back. All devices of a machine share one runner, but for those that ask for one of their own.
 
+use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,6 +21,7 @@ use devices::model::{
 };
 use devices::registry::Update;
 use devices::snapshot::SnapshotError;
+use devices::storage::{Storage, StorageError};
 use devices::throttle::Limits;
 use devices::virtio::queue::QueueConfig;
 use devices::virtio::unit::{Unit, UnitState};
@@ -382,6 +384,24 @@ impl UnitHandle {
             }
             Ok::<_, event_manager::Error>(())
         })?)
+    }
+
+    /// See [`VirtioDevice::storage`].
+    pub fn storage(&self) -> Result<Option<Storage>, RunnerError> {
+        let id = self.id;
+        Ok(self.endpoint.call_blocking(move |ops| {
+            Ok::<_, event_manager::Error>(ops.subscriber_mut(id)?.unit.storage())
+        })?)
+    }
+
+    /// See [`VirtioDevice::save_storage`]. The device is paused.
+    pub fn save_storage(&self, to: File) -> Result<(), StorageError> {
+        let id = self.id;
+        let saved = self.endpoint.call_blocking(move |ops| {
+            let subscriber = ops.subscriber_mut(id)?;
+            Ok::<_, event_manager::Error>(subscriber.in_span(|subscriber| subscriber.unit.save_storage(&to)))
+        });
+        saved.unwrap_or(Err(StorageError::Gone))
     }
 
     /// Counters of the device.

@@ -20,7 +20,7 @@ use crate::exits::{ExitCount, ExitLog};
 use crate::hypervisor::HvError;
 use crate::machine::{Inbox, Machine, Milestones, Usage};
 use crate::runner::{RunnerError, UnitHandle, UpdateFailed};
-use crate::snapshot::{Draft, Place, Snapshot, SnapshotFailed, SnapshotKind, SnapshotReport};
+use crate::snapshot::{DiskTarget, Draft, Place, Snapshot, SnapshotFailed, SnapshotKind, SnapshotReport};
 use crate::spans;
 use crate::state::{IllegalTransition, StopReason, VmState};
 
@@ -274,8 +274,9 @@ impl Vm {
         self.command(Command::Update { name: name.into(), patch })
     }
 
-    /// Saves the machine to the directory `to`, where there may be an older snapshot, which it replaces. A running machine
-    /// stands still meanwhile, and goes on whether or not it succeeds. Nothing is left behind after an error.
+    /// Saves the machine to the directory `to`, where there may be an older snapshot, which it replaces. Disks that the guest
+    /// can write are taken along. A running machine stands still meanwhile, and goes on whether or not it succeeds. Nothing
+    /// is left behind after an error.
     ///
     /// ```no_run
     /// # use vmm_core::{SnapshotKind, Vm};
@@ -286,28 +287,34 @@ impl Vm {
     /// # }
     /// ```
     pub fn snapshot(&self, to: &Path, kind: SnapshotKind) -> Result<SnapshotReport, VmError> {
-        self.snapshot_at(&Place::Dir(to.into()), kind)
+        self.snapshot_at(&Place::Dir(to.into()), kind, true)
+    }
+
+    /// As [`Self::snapshot`], without disks: who restores it has to see to it that they are as they were.
+    pub fn snapshot_without_disks(&self, to: &Path, kind: SnapshotKind) -> Result<SnapshotReport, VmError> {
+        self.snapshot_at(&Place::Dir(to.into()), kind, false)
     }
 
     /// As [`Self::snapshot`], to two files, for [`Snapshot::open_files`]: the state, in which the manifest is, and the memory.
-    /// Files that are there are replaced.
+    /// Files that are there are replaced. Disks are not in it.
     pub fn snapshot_to_files(
         &self,
         state: &Path,
         memory: &Path,
         kind: SnapshotKind,
     ) -> Result<SnapshotReport, VmError> {
-        self.snapshot_at(&Place::Files { state: state.into(), memory: memory.into() }, kind)
+        self.snapshot_at(&Place::Files { state: state.into(), memory: memory.into() }, kind, false)
     }
 
-    fn snapshot_at(&self, place: &Place, kind: SnapshotKind) -> Result<SnapshotReport, VmError> {
+    fn snapshot_at(&self, place: &Place, kind: SnapshotKind, disks: bool) -> Result<SnapshotReport, VmError> {
         let _one_at_a_time = self.snapshots.lock().unwrap_or_else(|e| e.into_inner());
         let draft = Draft::begin(place)?;
         let mut memory = draft.memory(self.shared.config().memory.0, kind)?;
         let ahead = Ahead::begin(&self.control, kind)?;
         let goes_on = || !matches!(*self.shared.lock(), VmState::Stopping | VmState::Stopped(_));
         ahead.iter().try_for_each(|ahead| ahead.write(&mut memory, &goes_on))?;
-        let capture = |reply| Message::Capture { memory, ahead: ahead.is_some(), kind, reply };
+        let disks = if disks { DiskTarget::of(&draft) } else { DiskTarget::none() };
+        let capture = |reply| Message::Capture { memory, ahead: ahead.is_some(), disks, kind, reply };
         let captured = capture::ask(&self.control, capture)?;
         drop(ahead);
         let (report, base) = draft.finish(captured)?;

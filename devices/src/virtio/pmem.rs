@@ -3,8 +3,9 @@
 //! The guest reads and writes the host's page cache by itself, and machines that have one image read-only have one
 //! copy of it. All that is left to the device is to make writes durable.
 
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{SeekFrom, fdatasync, seek};
@@ -15,7 +16,9 @@ use super::block::open_locked;
 use super::config_space::ConfigSpace;
 use super::queue::Queues;
 use crate::model::{Counters, DeviceKind, MachineShape, OpenError, Progress, VirtioDevice, Window};
+use crate::params::is_default;
 use crate::snapshot::SnapshotError;
+use crate::storage::{self, Storage, StorageError};
 use crate::throttle::{Limits, LogLimit, TokenBucket};
 
 /// VIRTIO_PMEM_REQ_TYPE_FLUSH (virtio 1.3 §5.19.6).
@@ -41,6 +44,9 @@ pub struct Config {
     /// The guest can only read it, and machines can share it.
     #[serde(default)]
     pub ro: bool,
+    /// The guest writes to a copy of its own, which ends with the machine; the file is only read.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub private: bool,
     /// Limit in requests, each of which makes the host write what the guest wrote.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ops: Option<TokenBucket>,
@@ -54,15 +60,22 @@ pub struct Config {
 
 impl DeviceKind for Config {
     const NAME: &'static str = "pmem";
-    const SYNTAX: &'static str = "path=FILE[,ro][,root][,id=NAME][,ops=LIMIT]";
+    const SYNTAX: &'static str = "path=FILE[,ro][,private][,root][,id=NAME][,ops=LIMIT]";
     const HELP: &'static str = "A disk image as memory; read-only, all machines share one copy";
     const BARE_KEY: Option<&'static str> = Some("path");
-    const HOST: &'static [&'static str] = &["path"];
+    const HOST: &'static [&'static str] = &["path", "private"];
 
     fn open(&self, _: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         let what = "persistent memory";
-        let fd = open_locked(what, &self.path, self.ro, false)?;
+        let private = self.private && !self.ro;
+        let fd = open_locked(what, &self.path, self.ro || private, false)?;
         let error = OpenError::file(what, &self.path);
+        let fd = match private {
+            false => fd,
+            true => storage::private_copy(&self.path, fd.as_fd())
+                .map_err(|e| error(&format!("it cannot be copied ({e})"), "make room beside it"))?
+                .into(),
+        };
         // A block device has no size in its inode, but an end.
         let bytes = seek(&fd, SeekFrom::End(0))
             .map_err(|errno| error(&errno.to_string(), "check that it is a disk image"))?;
@@ -73,12 +86,27 @@ impl DeviceKind for Config {
                 &format!("its size of {bytes} bytes is not a multiple of 2 MiB"),
                 "extend it with truncate(1), or add ',ro'",
             )),
-            (_, true) => Ok(Box::new(Pmem { root: self.root, ..Pmem::new(fd, bytes, self.ro) })),
+            (_, true) => {
+                let pmem = Pmem::new(fd, bytes, self.ro);
+                Ok(Box::new(Pmem { root: self.root, path: self.path.clone(), private, ..pmem }))
+            }
         }
     }
 
     fn id(&self) -> Option<&str> {
         self.id.as_deref()
+    }
+
+    fn begin_with(&mut self, saved: &Path, format: &str) -> Result<(), OpenError> {
+        if format != "raw" {
+            return Err(Self::refused(format!("the format '{format}' is not possible here")));
+        }
+        (self.path, self.private) = (saved.into(), true);
+        Ok(())
+    }
+
+    fn changed_from(&mut self, before: &Self) {
+        self.private &= !(before.private && self.path != before.path);
     }
 
     fn limits(&self) -> Vec<Limits> {
@@ -106,7 +134,11 @@ impl DeviceKind for Config {
 struct Pmem {
     fd: OwnedFd,
     bytes: u64,
+    /// What the operator calls it.
+    path: PathBuf,
     read_only: bool,
+    /// It ends with the machine.
+    private: bool,
     root: bool,
     config: Arc<ConfigSpace>,
     counters: Arc<Counters>,
@@ -120,11 +152,15 @@ impl Pmem {
         config[8..].copy_from_slice(&bytes.next_multiple_of(Window::ALIGN).to_le_bytes());
         let config = Arc::new(ConfigSpace::read_only(&config));
         let (counters, log) = (Arc::default(), LogLimit::default());
-        Self { fd, bytes, read_only, root: false, config, counters, log }
+        let path = PathBuf::new();
+        Self { fd, bytes, path, read_only, private: false, root: false, config, counters, log }
     }
 
     /// Makes durable what was written so far; returns `ret` of the requests for it.
     fn flush(&mut self) -> u32 {
+        if self.private {
+            return OK;
+        }
         if self.read_only {
             // The device has no word for it: this is how a guest learns that what it wrote is nowhere.
             return FAILED;
@@ -169,6 +205,15 @@ impl VirtioDevice for Pmem {
             place.map_or_else(String::new, |[start, bytes]| format!("{bytes} bytes at {start:#x}"))
         };
         SnapshotError::unless_same("persistent memory of", text(saved), text(found))
+    }
+
+    fn storage(&self) -> Option<Storage> {
+        (!self.read_only).then(|| Storage::of(self.fd.as_fd(), "raw", self.private))
+    }
+
+    /// What the guest has written is in the file, as others see it.
+    fn save_storage(&self, to: &File) -> Result<(), StorageError> {
+        storage::save(&self.path, self.fd.as_fd(), to)
     }
 
     fn counters(&self) -> Arc<Counters> {
@@ -226,7 +271,8 @@ mod tests {
     fn image(bytes: u64) -> (tempfile::NamedTempFile, Config) {
         let file = tempfile::NamedTempFile::new().expect("a file");
         file.as_file().set_len(bytes).expect("room");
-        let config = Config { path: file.path().into(), ro: false, ops: None, id: None, root: false };
+        let config =
+            Config { path: file.path().into(), ro: false, private: false, ops: None, id: None, root: false };
         (file, config)
     }
 

@@ -400,6 +400,16 @@ impl Driver {
         self.host.unit().drain();
     }
 
+    /// What the device keeps on the host.
+    pub fn storage(&self) -> Option<crate::storage::Storage> {
+        self.host.unit().storage()
+    }
+
+    /// Saves what the device keeps on the host.
+    pub fn save_storage(&self, to: &std::fs::File) -> Result<(), crate::storage::StorageError> {
+        self.host.unit().save_storage(to)
+    }
+
     /// Changes the device's configuration to `config`, which is of its own kind.
     pub fn update(&self, config: &dyn std::any::Any) -> Result<(), UpdateError> {
         self.host.unit().update(config)

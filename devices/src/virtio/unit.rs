@@ -5,6 +5,7 @@
 //! what the machine runs.
 
 use std::any::Any;
+use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -19,6 +20,7 @@ use super::queue::{QueueConfig, QueueCore, QueueState, Queues};
 use crate::GuestMemory;
 use crate::model::{ActivateError, Counters, HostSource, Notifier, Progress, UpdateError, VirtioDevice};
 use crate::snapshot::SnapshotError;
+use crate::storage::{Storage, StorageError};
 use crate::throttle::{Limits, LogLimit, Throttle, ThrottleState};
 
 /// How often a queue that fills as fast as it is served is served in one turn.
@@ -145,6 +147,16 @@ impl Unit {
             counters: counters.into(),
             device: self.device.save()?,
         })
+    }
+
+    /// See [`VirtioDevice::storage`].
+    pub fn storage(&self) -> Option<Storage> {
+        self.device.storage()
+    }
+
+    /// See [`VirtioDevice::save_storage`].
+    pub fn save_storage(&self, to: &File) -> Result<(), StorageError> {
+        self.device.save_storage(to)
     }
 
     /// Takes over the state of a device whose driver had negotiated `features` and set up `queues`.

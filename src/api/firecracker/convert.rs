@@ -270,6 +270,7 @@ impl Pmem {
         pmem::Config {
             path: self.path_on_host.clone(),
             ro: self.read_only,
+            private: false,
             ops: limits(self.rate_limiter).ops,
             id: None,
             root: self.root_device,

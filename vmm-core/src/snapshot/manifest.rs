@@ -32,6 +32,9 @@ pub struct Manifest {
     pub devices: Vec<DevicePlace>,
     /// The memory file.
     pub memory: MemoryMap,
+    /// What its devices keep on the host, as far as it was taken along.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskFile>,
     /// Bytes of the state file, as it is in a directory.
     pub state_bytes: u64,
     /// CRC-32 of these.
@@ -48,6 +51,20 @@ pub struct DevicePlace {
     pub kind: String,
     /// Guest physical address of its registers.
     pub address: u64,
+}
+
+/// What a device keeps on the host, in a file beside the memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskFile {
+    /// Name of the device.
+    pub device: String,
+    /// Name of the file in the snapshot's directory.
+    pub file: String,
+    /// What is in it, as the device's kind calls it: `raw` or `qcow2`.
+    pub format: String,
+    /// Bytes of the file. What is zero may be a hole.
+    pub bytes: u64,
 }
 
 /// What is in the memory file.

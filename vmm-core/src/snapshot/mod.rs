@@ -1,12 +1,13 @@
 //! Snapshots: a paused machine as a directory, and the way back.
 //!
-//! A snapshot is a directory of three files, described in docs/snapshot-format.md: the manifest, readable and with the
-//! machine's whole configuration; the state of all its parts; and its memory, which is mapped and not read. Or it is two
+//! A snapshot is a directory, described in docs/snapshot-format.md: the manifest, readable and with the machine's whole
+//! configuration; the state of all its parts; its memory, which is mapped and not read; and its disks. Or it is two
 //! files anywhere, as clients of Firecracker want it: then the manifest is in the state file.
 //! [`Snapshot::open`] checks the first two as a whole, [`crate::Vm::restore`] builds the machine from the configuration as
 //! any other, and gives each part its state.
 
 mod clone;
+mod disks;
 pub mod manifest;
 pub mod memory_file;
 pub(crate) mod memory_writer;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use devices::registry::DeviceConfig;
+use devices::storage::StorageError;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, VmConfig};
@@ -28,6 +30,7 @@ use crate::hypervisor::saved::VcpuState;
 use crate::x86_64::{Slots, features};
 pub(crate) use clone::GenerationId;
 pub use clone::{Hostname, MachineId, Persona, Unlike};
+pub(crate) use disks::{DiskTarget, SavedDisk};
 use manifest::{DevicePlace, Diff, Manifest, MemoryMap, MemoryRange};
 use memory_file::{MemoryFileError, MemoryImage, Pages, Run};
 use memory_writer::{MemoryWriter, Written};
@@ -139,6 +142,22 @@ pub enum SnapshotFailed {
     /// A part of the machine could not be saved.
     #[error("cannot save the machine: {0}")]
     Save(SectionError),
+    /// What a device keeps on the host could not be copied.
+    #[error("{device} cannot be taken along: {source}")]
+    Disk {
+        /// The device's name.
+        device: String,
+        /// What is wrong.
+        source: StorageError,
+    },
+    /// What a device keeps on the host ends with the machine, and was not to be copied.
+    #[error(
+        "{device} ends with its machine, which is of no use without it; make a snapshot that takes disks along"
+    )]
+    DiskEnds {
+        /// The device's name.
+        device: String,
+    },
     /// Only a machine that has run and not ended has something to save.
     #[error("a machine that is {state} cannot be saved")]
     NotRunning {
@@ -188,7 +207,7 @@ impl Snapshot {
 
     fn with_memory(place: Place, manifest: Manifest, sections: Sections) -> Result<Self, SnapshotFailed> {
         let image = Arc::new(open_memory(&place, &manifest)?);
-        let config = manifest.config.clone();
+        let config = disks::config(&place, &manifest)?;
         Ok(Self { place, manifest, sections, image, config })
     }
 
@@ -221,8 +240,10 @@ impl Snapshot {
 
     /// Restores the machine with another configuration: what it is to the guest must stay, and what it is on the host may
     /// change: paths, taps, limits, and also Ethernet addresses and CIDs, of which the guest is told. A disk may be larger.
-    pub fn set_config(&mut self, config: VmConfig) -> Result<(), Unlike> {
+    /// One with another path than here is used as it is, and not what was saved of it.
+    pub fn set_config(&mut self, mut config: VmConfig) -> Result<(), Unlike> {
         clone::check(&self.manifest.config, &config)?;
+        disks::replaced(&mut config, &self.config);
         self.config = config;
         Ok(())
     }
@@ -313,6 +334,7 @@ fn open_memory(place: &Place, manifest: &Manifest) -> Result<MemoryImage, Snapsh
 pub(crate) struct Captured {
     pub sections: Sections,
     pub written: Written,
+    pub disks: Vec<SavedDisk>,
     pub config: VmConfig,
     pub aliases: BTreeMap<String, String>,
     /// How long the machine stood still for it.
@@ -355,7 +377,7 @@ impl Draft {
 
     /// Writes what is missing, makes all of it last, and puts it in its place, where another snapshot may be.
     pub fn finish(self, captured: Captured) -> Result<(SnapshotReport, Base), SnapshotFailed> {
-        let Captured { sections, written, mut config, aliases, paused, diff } = captured;
+        let Captured { sections, written, disks, mut config, aliases, paused, diff } = captured;
         config.devices.iter_mut().for_each(DeviceConfig::pin);
         let state = sections.to_bytes().map_err(SnapshotFailed::Save)?;
         let memory = self.draft.memory();
@@ -379,6 +401,7 @@ impl Draft {
                     .map(|(base, pages)| self.place.diff(base, pages.runs(0, bytes).collect()))
                     .transpose()?,
             },
+            disks: disks.into_iter().map(|disk| disk.finish(&self.draft)).collect::<Result<_, _>>()?,
             config,
             aliases,
             state_bytes: state.len() as u64,

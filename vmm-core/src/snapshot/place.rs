@@ -121,6 +121,16 @@ impl Place {
         }
     }
 
+    /// Makes a file for a disk: to be kept, and to be written.
+    pub fn create_disk(&self, name: &str) -> Result<(File, File), SnapshotFailed> {
+        let path = self.path().join(name);
+        let make = || {
+            let file = create(&path)?;
+            Ok((file.try_clone()?, file))
+        };
+        make().map_err(SnapshotFailed::io("make", &path))
+    }
+
     /// Writes state and manifest, so that they last.
     pub fn write(
         &self,

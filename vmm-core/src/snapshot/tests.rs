@@ -23,6 +23,7 @@ fn make(dir: &Path) {
         made_at: 0,
         devices: Vec::new(),
         aliases: Default::default(),
+        disks: Vec::new(),
         memory: MemoryMap { bytes: BYTES, ranges: ranges(BYTES), crc32: 0, diff: None },
         config,
         state_bytes: state.len() as u64,

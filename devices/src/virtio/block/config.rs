@@ -32,6 +32,9 @@ pub struct Config {
     /// The guest can only read it.
     #[serde(default)]
     pub ro: bool,
+    /// The guest writes to a copy of its own, which ends with the machine; the file is only read, and machines can share it.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub private: bool,
     /// What is in the file; never guessed from it.
     #[serde(default, skip_serializing_if = "is_default")]
     pub format: Format,
@@ -103,16 +106,26 @@ pub enum Cache {
     Unsafe,
 }
 
+impl Format {
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
 impl DeviceKind for Config {
     const NAME: &'static str = "disk";
-    const SYNTAX: &'static str = "path=FILE[,ro][,id=NAME][,format=raw|qcow2][,backing=on][,size=SIZE]\
+    const SYNTAX: &'static str = "path=FILE[,ro][,private][,id=NAME][,format=raw|qcow2][,backing=on][,size=SIZE]\
         [,cache=writeback|none|unsafe][,engine=io_uring|threads][,queues=N]\
         [,bandwidth=LIMIT][,ops=LIMIT][,runner=own]";
     const HELP: &'static str = "A disk, from an image or a block device";
     const BARE_KEY: Option<&'static str> = Some("path");
 
     const LIVE: &'static [&'static str] = &["path", "size"];
-    const HOST: &'static [&'static str] = &["format", "backing", "cache", "engine", "runner"];
+    const HOST: &'static [&'static str] = &["private", "format", "backing", "cache", "engine", "runner"];
 
     fn open(&self, machine: &MachineShape) -> Result<Box<dyn VirtioDevice>, OpenError> {
         let refuse = |problem: String| Err(Self::refused(problem));
@@ -133,13 +146,11 @@ impl DeviceKind for Config {
                 "backing=on is for images that name a backing file; say format=qcow2, or leave it out".into(),
             );
         }
-        let kind = match (self.engine, self.format) {
-            (Kind::IoUring, Format::Qcow2) => {
-                return refuse("engine=io_uring does not do qcow2; leave engine= out".into());
-            }
-            (kind, Format::Raw) => kind,
-            (_, Format::Qcow2) => Kind::Threads,
-        };
+        if (self.engine, self.format) == (Kind::IoUring, Format::Qcow2) {
+            return refuse("engine=io_uring does not do qcow2; leave engine= out".into());
+        }
+        let disk = Disk::open(self)?;
+        let kind = if disk.image().is_some() { Kind::Threads } else { self.engine };
         let engine = match engine::open(kind) {
             Ok(engine) => engine,
             Err(error) => {
@@ -149,11 +160,30 @@ impl DeviceKind for Config {
             }
         };
         let queues = self.queues.unwrap_or(u16::from(machine.cpus).clamp(1, MAX_QUEUES));
-        Ok(Box::new(Block::new(self.clone(), Disk::open(self)?, engine, queues)?))
+        Ok(Box::new(Block::new(self.clone(), disk, engine, queues)?))
     }
 
     fn id(&self) -> Option<&str> {
         self.id.as_deref()
+    }
+
+    fn begin_with(&mut self, saved: &Path, format: &str) -> Result<(), OpenError> {
+        self.format = match format {
+            "raw" => Format::Raw,
+            "qcow2" => Format::Qcow2,
+            other => return Err(Self::refused(format!("the format '{other}' is not known here"))),
+        };
+        self.backing &= self.format == Format::Qcow2;
+        if (self.engine, self.format) == (Kind::IoUring, Format::Qcow2) {
+            self.engine = Kind::Auto;
+        }
+        (self.path, self.private) = (saved.into(), true);
+        Ok(())
+    }
+
+    /// Another file is the one that is meant, and not one to be copied.
+    fn changed_from(&mut self, before: &Self) {
+        self.private &= !(before.private && self.path != before.path);
     }
 
     fn limits(&self) -> Vec<Limits> {
@@ -175,11 +205,17 @@ impl DeviceKind for Config {
 }
 
 impl Config {
+    /// Whether what is written is lost when the host fails, so that nobody needs to wait for it.
+    pub fn is_lost(&self) -> bool {
+        self.cache == Cache::Unsafe || self.private
+    }
+
     /// A disk from the image at `path`, with nothing else chosen.
     pub fn new(path: &Path) -> Self {
         Self {
             path: path.into(),
             ro: false,
+            private: false,
             format: Format::Raw,
             backing: false,
             size: None,

@@ -1,5 +1,6 @@
 //! The host's side of a disk: an image or a block device, opened and locked.
 
+use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,6 +13,7 @@ use super::bounce::ALIGN;
 use super::config::{Cache, Config, Format};
 use super::qcow2::Image;
 use crate::model::OpenError;
+use crate::storage::{self, Storage, StorageError};
 
 /// An open disk.
 #[derive(Debug)]
@@ -21,6 +23,8 @@ pub struct Disk {
     image: Option<Image>,
     path: PathBuf,
     read_only: bool,
+    /// It ends with the machine.
+    private: bool,
     /// Bytes to which offsets and lengths are aligned.
     block: u32,
     /// Bytes to which memory is aligned; 1 if any will do.
@@ -32,6 +36,9 @@ impl Disk {
     /// ours can write it.
     pub fn open(config: &Config) -> Result<Self, OpenError> {
         let path = &config.path;
+        if config.private && !config.ro {
+            return Self::private(config);
+        }
         let direct = config.cache == Cache::None;
         let fd = open_locked("disk", path, config.ro, direct)?;
         let (block, memory) = if direct { direct_alignment(&fd) } else { (SECTOR as u32, 1) };
@@ -41,7 +48,27 @@ impl Disk {
         };
         // An image takes care of its file's alignment by itself.
         let (block, memory) = if image.is_some() { (SECTOR as u32, 1) } else { (block, memory) };
-        Ok(Self { fd, image, path: path.clone(), read_only: config.ro, block, memory })
+        Ok(Self { fd, image, path: path.clone(), read_only: config.ro, private: false, block, memory })
+    }
+
+    /// Makes a disk that begins as the configuration's file, which is only read. It shares the file's blocks where the file
+    /// system can, and else is an image over it.
+    fn private(config: &Config) -> Result<Self, OpenError> {
+        let path = &config.path;
+        let original = open_locked("disk", path, true, false)?;
+        let own: OwnedFd = storage::nameless(path)
+            .map_err(|e| {
+                let reason = format!("a copy of it cannot be made ({e})");
+                OpenError::file("disk", path)(&reason, "make its directory writable for you")
+            })?
+            .into();
+        let image = match (rustix::fs::ioctl_ficlone(&own, &original), config.format) {
+            (Ok(()), Format::Raw) => None,
+            (Ok(()), Format::Qcow2) => Some(Image::open(&own, path, false, false, config.backing)?),
+            (Err(_), format) => Some(Image::over(&own, original, path, format, config.backing)?),
+        };
+        let path = path.clone();
+        Ok(Self { fd: own, image, path, read_only: false, private: true, block: SECTOR as u32, memory: 1 })
     }
 
     /// A disk of 64 KiB in memory, whose sectors hold the low bits of their own number in every byte. Even a
@@ -58,7 +85,15 @@ impl Disk {
     /// A disk on whatever is open; `path` is its name.
     #[cfg(any(test, feature = "specimen"))]
     pub fn on(fd: OwnedFd, path: &Path, read_only: bool) -> Self {
-        Self { fd, image: None, path: path.into(), read_only, block: SECTOR as u32, memory: 1 }
+        Self {
+            fd,
+            image: None,
+            path: path.into(),
+            read_only,
+            private: false,
+            block: SECTOR as u32,
+            memory: 1,
+        }
     }
 
     /// The open file.
@@ -79,6 +114,23 @@ impl Disk {
     /// Whether writes are refused.
     pub fn read_only(&self) -> bool {
         self.read_only
+    }
+
+    /// What a snapshot takes along of it.
+    pub fn storage(&self) -> Option<Storage> {
+        let format = match &self.image {
+            Some(image) if !image.is_over() => Format::Qcow2,
+            _ => Format::Raw,
+        };
+        (!self.read_only).then(|| Storage::of(self.fd(), format.name(), self.private))
+    }
+
+    /// Writes all of it to the empty file `to`. Nobody writes it meanwhile.
+    pub fn save(&self, to: &File) -> Result<(), StorageError> {
+        match &self.image {
+            None => storage::save(&self.path, self.fd(), to),
+            Some(image) => storage::save_with(&self.path, self.fd(), || image.save(&self.path, to)),
+        }
     }
 
     /// Bytes of its blocks, which requests are made of: more than a sector only where direct I/O needs it.

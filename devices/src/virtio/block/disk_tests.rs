@@ -15,15 +15,15 @@ use crate::virtio::queue::{QueueConfig, QueueCore};
 use crate::virtio::test_driver::{Driver, rings};
 
 const IN: u32 = 0;
-const OUT: u32 = 1;
-const FLUSH: u32 = 4;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
-const OK: u8 = 0;
+pub const OUT: u32 = 1;
+pub const FLUSH: u32 = 4;
+pub const DISCARD: u32 = 11;
+pub const WRITE_ZEROES: u32 = 13;
+pub const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
 const UNMAP: u32 = 1;
-const MIB: u64 = 1 << 20;
+pub const MIB: u64 = 1 << 20;
 
 fn header(kind: u32, sector: u64) -> [u8; 16] {
     let mut header = [0; 16];
@@ -33,7 +33,7 @@ fn header(kind: u32, sector: u64) -> [u8; 16] {
 }
 
 /// A file of 1 MiB, of bytes that tell their sector.
-fn image() -> NamedTempFile {
+pub fn image() -> NamedTempFile {
     let file = NamedTempFile::new().expect("temporary file");
     let bytes: Vec<u8> = (0..MIB).map(|at| (at / SECTOR) as u8 | 1).collect();
     file.as_file().write_all_at(&bytes, 0).expect("written");
@@ -41,30 +41,30 @@ fn image() -> NamedTempFile {
     file
 }
 
-fn config(file: &NamedTempFile) -> Config {
+pub fn config(file: &NamedTempFile) -> Config {
     Config::new(file.path())
 }
 
 /// A driver with everything negotiated.
-fn driver(config: &Config) -> Driver {
+pub fn driver(config: &Config) -> Driver {
     let mut driver = Driver::new(config.open(&ONE_CPU).expect("opens"));
     driver.start(driver.offered());
     driver
 }
 
-fn status(driver: &mut Driver, kind: u32, sector: u64, data: &[u8]) -> u8 {
+pub fn status(driver: &mut Driver, kind: u32, sector: u64, data: &[u8]) -> u8 {
     let reply = driver.request(0, &[&header(kind, sector), data], &[1]);
     assert_eq!(reply.used, Some(1));
     reply.data[0][0]
 }
 
-fn read(driver: &mut Driver, sector: u64, len: usize) -> Vec<u8> {
+pub fn read(driver: &mut Driver, sector: u64, len: usize) -> Vec<u8> {
     let reply = driver.request(0, &[&header(IN, sector)], &[len, 1]);
     assert_eq!(reply.data[1], [OK]);
     reply.data[0].clone()
 }
 
-fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
+pub fn segment(sector: u64, count: u32, flags: u32) -> Vec<u8> {
     [&sector.to_le_bytes()[..], &count.to_le_bytes(), &flags.to_le_bytes()].concat()
 }
 
@@ -328,7 +328,7 @@ fn there_is_a_queue_a_cpu_unless_the_operator_says_another_number() {
 }
 
 /// An empty qcow2 image of 1 MiB in `dir`, on `backing` (file and format) if there is one.
-fn qcow2(dir: &TempDir, name: &str, backing: Option<(&str, &str)>) -> Config {
+pub fn qcow2(dir: &TempDir, name: &str, backing: Option<(&str, &str)>) -> Config {
     let path = dir.path().join(name);
     let file = File::options().read(true).write(true).create_new(true).open(&path).expect("new");
     let options = StorageOpenOptions::new().write(true).filename(&path);
@@ -365,7 +365,7 @@ fn an_image_keeps_what_is_written_and_gives_back_what_is_discarded() {
     assert_eq!(status(&mut driver, WRITE_ZEROES, 0, &segment(0, 300, 0)), OK);
 }
 
-fn refusal(config: &Config) -> String {
+pub fn refusal(config: &Config) -> String {
     config.open(&ONE_CPU).err().expect("refused").to_string()
 }
 

@@ -23,6 +23,7 @@ mod space;
 mod threads;
 
 use std::any::Any;
+use std::fs::File;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,6 +34,7 @@ use super::config_space::ConfigSpace;
 use super::queue::{Queues, VirtQueue};
 use crate::model::{Counters, DeviceKind, HostSource, OpenError, Progress, UpdateError, VirtioDevice};
 use crate::snapshot::SnapshotError;
+use crate::storage::{Storage, StorageError};
 pub use config::{Cache, Config, Format};
 use disk::Disk;
 pub(super) use disk::open_locked;
@@ -159,7 +161,7 @@ impl Block {
 
     /// Whether what is written is to be durable before it is completed: for a driver that cannot flush.
     fn durable(&self) -> bool {
-        !self.negotiated(VIRTIO_BLK_F_FLUSH) && self.settings.cache != Cache::Unsafe
+        !self.negotiated(VIRTIO_BLK_F_FLUSH) && !self.settings.is_lost()
     }
 
     /// Takes chains from a queue as long as there are some, the call's budget lasts, and there is room.
@@ -214,7 +216,7 @@ impl Block {
                 Task::Write { offset, durable }
             }
             // There is nothing to flush, and some file systems refuse it; or the operator does not want it.
-            Operation::Flush if self.disk.read_only() || self.settings.cache == Cache::Unsafe => {
+            Operation::Flush if self.disk.read_only() || self.settings.is_lost() => {
                 return Ok(Verdict::Done);
             }
             Operation::Flush => Task::Flush,
@@ -439,6 +441,14 @@ impl VirtioDevice for Block {
         }
     }
 
+    fn storage(&self) -> Option<Storage> {
+        self.disk.storage()
+    }
+
+    fn save_storage(&self, to: &File) -> Result<(), StorageError> {
+        self.disk.save(to)
+    }
+
     fn update(&mut self, config: &dyn Any) -> Result<(), UpdateError> {
         let Some(config) = config.downcast_ref::<Config>() else { return Ok(()) };
         let size = config.size.map(|size| size.0);
@@ -496,3 +506,6 @@ mod tests;
 
 #[cfg(test)]
 mod disk_tests;
+
+#[cfg(test)]
+mod saved_tests;

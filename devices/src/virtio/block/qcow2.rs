@@ -4,8 +4,11 @@
 //! allows it and the image names its format. (imago would look into a backing file without one, and a guest that
 //! once had that file as its raw disk could have put a header there.) Every file of the chain is locked.
 
+use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -13,11 +16,13 @@ use imago::file::File;
 use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
-use imago::{FormatAccess, ShallowMapping, StorageOpenOptions};
+use imago::{FormatAccess, FormatCreateBuilder, Mapping, ShallowMapping, StorageOpenOptions};
 
+use super::config::Format;
 use super::disk::open_locked;
 use super::job::PUNCH;
 use crate::model::OpenError;
+use crate::storage;
 
 /// Most backing files under one another; a chain may name itself.
 const MAX_DEPTH: usize = 16;
@@ -29,6 +34,17 @@ pub struct Image {
     access: RwLock<FormatAccess<File>>,
     /// The image's file.
     fd: OwnedFd,
+    /// What it was laid over.
+    below: Option<Below>,
+}
+
+/// What an image of ours lies over.
+#[derive(Debug)]
+enum Below {
+    /// The disk, byte for byte.
+    Raw(fs::File),
+    /// Another image.
+    Image,
 }
 
 impl Image {
@@ -43,7 +59,84 @@ impl Image {
         let opener = Opener { direct, backing };
         let access = opener.qcow2(fd, path, read_only, 0)?;
         let copy = fd.try_clone().map_err(|e| OpenError::file("disk", path)(&e.to_string(), "try again"))?;
-        Ok(Self { access: RwLock::new(access), fd: copy })
+        Ok(Self { access: RwLock::new(access), fd: copy, below: None })
+    }
+
+    /// Makes an image in the empty file `fd`, which begins as what is in the locked file `below`, which is at `path`.
+    pub fn over(
+        fd: &OwnedFd,
+        below: OwnedFd,
+        path: &Path,
+        format: Format,
+        backing: bool,
+    ) -> Result<Self, OpenError> {
+        let opener = Opener { direct: false, backing };
+        let failed = |e: io::Error| {
+            let reason = format!("no image can be laid over it ({e})");
+            OpenError::file("disk", path)(&reason, "make room beside it")
+        };
+        let beginning = match format {
+            Format::Raw => opener.raw(&below, path)?,
+            Format::Qcow2 => opener.qcow2(&below, path, true, 0)?,
+        };
+        let make = || {
+            let file = opener.storage(fd, path, false)?;
+            Qcow2::<File>::create_builder(file).size(beginning.size()).create()?;
+            let mut image = Qcow2::<File>::open_image(opener.storage(fd, path, false)?, true)?;
+            image.set_data_file(None);
+            Ok((image, fd.try_clone()?))
+        };
+        let (mut image, fd) = make().map_err(failed)?;
+        image.set_backing(Some(beginning));
+        let below = match format {
+            Format::Raw => Below::Raw(below.into()),
+            Format::Qcow2 => Below::Image,
+        };
+        Ok(Self { access: RwLock::new(FormatAccess::new(image)), fd, below: Some(below) })
+    }
+
+    /// Whether it is nothing without a file that it was laid over.
+    pub fn is_over(&self) -> bool {
+        self.below.is_some()
+    }
+
+    /// Writes all of it to the empty file `to`: the image as it is, which is at `path`, or if it lies over a file, the disk
+    /// byte for byte.
+    pub fn save(&self, path: &Path, to: &fs::File) -> io::Result<()> {
+        // Alone, so that nothing is on its way.
+        let access = self.alone();
+        access.flush()?;
+        let Some(below) = &self.below else {
+            storage::copy(self.fd.as_fd(), to)?;
+            return name_backing_absolutely(path, to);
+        };
+        let (mut at, end) = (0, access.size());
+        to.set_len(end)?;
+        while at < end {
+            let (mapping, bytes) = access.get_shallow_mapping(at, end - at)?;
+            let bytes = bytes.clamp(1, end - at);
+            match (mapping, below) {
+                (ShallowMapping::Zero { .. } | ShallowMapping::Eof { .. }, _) => {}
+                (ShallowMapping::Indirect { .. }, Below::Raw(file)) => {
+                    // What is longer than the file below is zero there.
+                    let length = file.metadata()?.len();
+                    storage::copy_data(file, to, at, (at + bytes).min(length))?;
+                }
+                (ShallowMapping::Indirect { .. }, Below::Image) => {
+                    // Step by step: most of it may be nowhere.
+                    let (mapping, bytes) = access.get_mapping(at, bytes)?;
+                    let end = at + bytes.clamp(1, end - at);
+                    if !matches!(mapping, Mapping::Zero { .. } | Mapping::Eof { .. }) {
+                        storage::copy_read(|part, at| access.read(part, at), to, at, end)?;
+                    }
+                    at = end;
+                    continue;
+                }
+                _ => storage::copy_read(|part, at| access.read(part, at), to, at, at + bytes)?,
+            }
+            at += bytes;
+        }
+        Ok(())
     }
 
     fn shared(&self) -> RwLockReadGuard<'_, FormatAccess<File>> {
@@ -102,6 +195,36 @@ impl Image {
         access.flush()?;
         access.sync().map(|()| 0)
     }
+}
+
+/// Has the copy `to` of the image at `path` name the same backing file from wherever it is.
+fn name_backing_absolutely(path: &Path, to: &fs::File) -> io::Result<()> {
+    // The header (QEMU's docs/interop/qcow2.rst), big-endian: where the name is, how long it is, and the size of a cluster,
+    // of which the first has the header and the name.
+    const NAME_AT: u64 = 8;
+    let mut header = [0; 24];
+    to.read_exact_at(&mut header, 0)?;
+    let number = |at: usize| header[at..at + 4].iter().fold(0u64, |all, byte| all << 8 | u64::from(*byte));
+    let (at, length, cluster) = (number(8) << 32 | number(12), number(16), 1u64 << number(20).min(21));
+    if at == 0 || length > 1023 || at.checked_add(length).is_none_or(|end| end > cluster) {
+        return Ok(());
+    }
+    let mut name = vec![0; length as usize];
+    to.read_exact_at(&mut name, at)?;
+    let directory = std::path::absolute(path)?.parent().map(Path::to_owned).unwrap_or_default();
+    let name = directory.join(std::ffi::OsStr::from_bytes(&name));
+    let name = name.as_os_str().as_bytes();
+    // Where nothing but the name can be: header and extensions are in front of it.
+    let room = cluster - at;
+    if name.len() as u64 > room.min(1023) {
+        return Err(io::Error::other(
+            "the name of its backing file is too long; give the backing file a shorter path",
+        ));
+    }
+    let at = cluster - name.len() as u64;
+    to.write_all_at(name, at)?;
+    let place = [&at.to_be_bytes()[..], &(name.len() as u32).to_be_bytes()].concat();
+    to.write_all_at(&place, NAME_AT)
 }
 
 /// Where a range's data is in the image's own file (offsets and lengths in bytes), as far as nothing else, such as a
@@ -175,11 +298,7 @@ impl Opener {
         let fd = open_locked("backing file", path, true, self.direct)?;
         match format {
             Some("qcow2") => self.qcow2(&fd, path, true, depth),
-            Some("raw") => {
-                let failed = |e: io::Error| error(&e.to_string(), "check the file");
-                let file = self.storage(&fd, path, true).map_err(failed)?;
-                Raw::open_image(file, false).map(FormatAccess::new).map_err(failed)
-            }
+            Some("raw") => self.raw(&fd, path),
             Some(other) => Err(error(
                 &format!("its format '{other}' is not known here"),
                 "convert it with 'qemu-img convert'",
@@ -189,6 +308,13 @@ impl Opener {
                 "say so in the image with 'qemu-img rebase -u -F FORMAT -b FILE IMAGE'",
             )),
         }
+    }
+
+    /// The disk, byte for byte, for reading only.
+    fn raw(self, fd: &OwnedFd, path: &Path) -> Result<FormatAccess<File>, OpenError> {
+        let failed = |e: io::Error| OpenError::file("backing file", path)(&e.to_string(), "check the file");
+        let file = self.storage(fd, path, true).map_err(failed)?;
+        Raw::open_image(file, false).map(FormatAccess::new).map_err(failed)
     }
 
     /// The file for imago: the same open file, and so the same lock.

@@ -1,0 +1,363 @@
+//! Disks in snapshots: each clone has the disk as it was when its parent was saved, and whatever it writes is its own.
+//! Real commands and guests on this machine's /dev/kvm.
+
+use std::fs::{self, File};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use harness::{Disk, Machines, SmallHost, tools_image};
+use serde_json::Value;
+
+/// Writes numbered files to a mounted disk, and says of each that it is there.
+const WRITE: &str = "mount /dev/vdb /mnt && i=0 && while i=$((i+1)); do \
+     head -c 20000 /dev/urandom > /mnt/f$i && echo $i $(md5sum < /mnt/f$i) >> /mnt/sums && echo n$i; sleep 0.02; done";
+
+/// Does what comes on its console, a line at a time.
+const OBEY: &str = "stty -echo; echo up; while read l; do eval \"$l\"; echo done; done";
+
+fn machines() -> Result<Machines> {
+    Machines::new(env!("CARGO_BIN_EXE_vmm"))
+}
+
+/// Starts a guest in the background that runs a line of shell, with its root on an image that it only reads.
+fn start(state: &Machines, words: &str, line: &str) -> Result<()> {
+    let root = format!("{},ro", harness::demo_image()?.display());
+    run(state, &format!("run -q --detach --rootfs {root} {words}"), line)
+}
+
+fn run(state: &Machines, words: &str, line: &str) -> Result<()> {
+    let output = state.command(words).args(["--", "sh", "-c", line]).output()?;
+    ensure!(output.status.success(), "{words}: {output:?}");
+    Ok(())
+}
+
+/// The last number that a guest has said in a whole line.
+fn last(state: &Machines, name: &str) -> Result<u32> {
+    let log = state.ok(&format!("logs {name}"))?;
+    let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    Ok(whole.lines().rev().find_map(|line| line.trim().strip_prefix('n')?.parse().ok()).unwrap_or(0))
+}
+
+/// Waits until a guest has said a number larger than `number`.
+fn wait_beyond(state: &Machines, name: &str, number: u32) -> Result<u32> {
+    loop {
+        let now = last(state, name)?;
+        if now > number {
+            return Ok(now);
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+/// A file's content, by `cksum`.
+fn checksum(path: &Path) -> Result<Vec<u8>> {
+    let output = Command::new("cksum").arg(path).output()?;
+    ensure!(output.status.success(), "{output:?}");
+    Ok(output.stdout)
+}
+
+/// An ext4 disk in the state's directory.
+fn ext4(state: &Machines, name: &str) -> Result<Disk> {
+    let path = state.dir().join(name);
+    fs::copy(Disk::ext4(64 << 20)?.path(), &path)?;
+    Ok(Disk::of_others(path))
+}
+
+fn manifest(dir: &Path) -> Result<Value> {
+    Ok(serde_json::from_slice(&fs::read(dir.join("manifest.json"))?)?)
+}
+
+/// A file that `name` has open, whether or not it has a name of its own.
+fn open_files(state: &Machines, name: &str) -> Result<Vec<PathBuf>> {
+    let pid = state.pid(name)?.as_raw_nonzero();
+    let links =
+        fs::read_dir(format!("/proc/{pid}/fd"))?.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
+    Ok(links.collect())
+}
+
+/// Saves the disk of a machine, which is then looked at from outside.
+fn disk_of(state: &Machines, name: &str, device: &str) -> Result<Disk> {
+    let to = format!("look-{name}");
+    state.ok(&format!("snapshot {name} --to {to}"))?;
+    let dir = state.dir().join(&to);
+    let manifest = manifest(&dir)?;
+    let disks = manifest["disks"].as_array().context("disks")?;
+    let disk = disks.iter().find(|disk| disk["device"] == device).context("the disk was taken")?;
+    ensure!(disk["format"] == "raw", "{disk}");
+    Ok(Disk::of_others(dir.join(disk["file"].as_str().context("a name")?)))
+}
+
+/// After its journal is replayed in a copy, the file system is whole, and each file that was announced is as it was written.
+fn check(disk: &Disk, least: u32) -> Result<()> {
+    let copy = Disk::copy_of(disk.path())?;
+    // What the next mount would do. 1: something was mended, which replaying is.
+    let status = Command::new("e2fsck").args(["-E", "journal_only", "-p"]).arg(copy.path()).status()?;
+    ensure!(status.code().is_some_and(|code| code <= 1), "{status}");
+    copy.check_ext4()?;
+    let sums = copy.read_file("/sums")?;
+    ensure!(sums.lines().count() as u32 >= least, "{least} files were announced: {sums}");
+    Ok(())
+}
+
+/// The guest itself looks at all that it has written.
+const LOOK: &str = "for j in $(seq 1 $(wc -l < /mnt/sums)); do \
+     grep -q \"^$j $(md5sum < /mnt/f$j)$\" /mnt/sums || echo \"wrong\" $j; done";
+
+#[test]
+fn clones_have_the_disk_of_the_snapshot_and_write_their_own() -> Result<()> {
+    let state = machines()?;
+    let disk = ext4(&state, "data.img")?;
+    let line = WRITE.replace("echo n$i;", &format!("echo n$i; [ $((i % 20)) = 0 ] && {{ {LOOK}; }};"));
+    start(&state, "--name web --disk data.img", &line)?;
+    let before = wait_beyond(&state, "web", 30)?;
+    state.ok("snapshot web --to saved")?;
+    let saved = state.dir().join("saved/disk1.raw");
+    let sum = checksum(&saved)?;
+    for name in ["one", "two"] {
+        state.ok(&format!("restore saved --detach --name {name}"))?;
+    }
+    // All of them write the same blocks of what began as the same disk, each with random bytes of its own.
+    for name in ["web", "one", "two"] {
+        let now = last(&state, name)?.max(before);
+        wait_beyond(&state, name, now + 45)?;
+        let log = state.ok(&format!("logs {name}"))?;
+        ensure!(!log.contains("wrong") && !log.contains("rror"), "{name}: {log}");
+    }
+    ensure!(checksum(&saved)? == sum, "the snapshot's disk was written");
+    check(&Disk::of_others(&saved), before)?;
+    let mut sums = Vec::new();
+    for name in ["web", "one", "two"] {
+        let least = last(&state, name)?;
+        let disk = disk_of(&state, name, "disk1")?;
+        // The file system in the guest's memory is ahead of its disk, so only what is there has to be right.
+        check(&disk, 1)?;
+        ensure!(least > before);
+        sums.push(disk.read_file("/f1").and_then(|_| disk.read_file("/sums")).unwrap_or_default());
+    }
+    state.ok("kill web")?;
+    check(&disk, 1)?;
+    // The snapshot of a restored machine needs nothing but itself.
+    fs::remove_dir_all(state.dir().join("saved"))?;
+    state.ok("kill one")?;
+    state.ok("restore look-one --detach --name again")?;
+    let now = wait_beyond(&state, "again", 0)?;
+    wait_beyond(&state, "again", now + 25)?;
+    ensure!(!state.ok("logs again")?.contains("wrong"), "{}", state.ok("logs again")?);
+    Ok(())
+}
+
+#[test]
+fn a_plain_run_is_forked_three_times() -> Result<()> {
+    let state = machines()?;
+    let line = "i=0; echo begun > /root/mine; while i=$((i+1)); do sync; cat /root/mine | sed s/^/file:/; \
+                echo $i-$RANDOM-$(cat /proc/sys/kernel/random/uuid) >> /root/all; \
+                [ $(wc -l < /root/all) = $i ] && echo n$i || echo wrong; sleep 0.05; done";
+    run(&state, "run -q --detach --name web --memory 128M", line)?;
+    wait_beyond(&state, "web", 3)?;
+    let names = state.ok("fork web -n 3")?;
+    let names: Vec<&str> = names.lines().collect();
+    ensure!(names == ["web-1", "web-2", "web-3"], "{names:?}");
+    ensure!(
+        !state
+            .dir()
+            .join("state/web")
+            .read_dir()?
+            .any(|entry| { entry.is_ok_and(|entry| entry.file_name().to_string_lossy().contains("fork")) })
+    );
+    for name in ["web", "web-1", "web-2", "web-3"] {
+        let now = last(&state, name)?;
+        wait_beyond(&state, name, now + 5)?;
+        ensure!(!state.ok(&format!("logs {name}"))?.contains("wrong"), "{name}");
+    }
+    // A fork of a fork, whose parent's snapshot is gone.
+    ensure!(state.ok("fork web-2")?.trim() == "web-2-1");
+    let now = last(&state, "web-2-1")?;
+    wait_beyond(&state, "web-2-1", now + 5)?;
+    ensure!(!state.ok("logs web-2-1")?.contains("wrong"));
+    let refused = state.refused("snapshot web --to x --no-disks", 1)?;
+    ensure!(refused.contains("disk0 ends with its machine"), "{refused}");
+    ensure!(!state.dir().join("x").exists());
+    Ok(())
+}
+
+#[test]
+fn a_qcow2_disk_and_its_backing_file_are_found_from_anywhere() -> Result<()> {
+    let state = machines()?;
+    ext4(&state, "base.img")?;
+    let qemu_img = |words: &str| -> Result<()> {
+        let output = Command::new("qemu-img").args(words.split(' ')).current_dir(state.dir()).output()?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(())
+    };
+    qemu_img("create -q -f qcow2 -F raw -b base.img top.qcow2")?;
+    start(&state, "--name web --disk top.qcow2,format=qcow2,backing=on", WRITE)?;
+    let before = wait_beyond(&state, "web", 20)?;
+    state.ok("snapshot web --to saved")?;
+    let saved = state.dir().join("saved/disk1.qcow2");
+    let sum = checksum(&saved)?;
+    qemu_img("check -q saved/disk1.qcow2")?;
+    for name in ["one", "two"] {
+        state.ok(&format!("restore saved --detach --name {name}"))?;
+        wait_beyond(&state, name, before + 20)?;
+    }
+    ensure!(checksum(&saved)? == sum, "the snapshot's disk was written");
+    check(&disk_of(&state, "one", "disk1")?, before)?;
+    state.ok("kill web")?;
+    qemu_img("check -q top.qcow2")?;
+    Ok(())
+}
+
+#[test]
+fn disks_are_left_out_or_replaced_on_request() -> Result<()> {
+    let state = machines()?;
+    for name in ["data.img", "copy.img"] {
+        ext4(&state, name)?;
+    }
+    start(&state, "--name web --disk data.img", OBEY)?;
+    state.expect_log("web", "up")?;
+    state.ok("snapshot web --to without --no-disks")?;
+    ensure!(manifest(&state.dir().join("without"))?.get("disks").is_none());
+    let refused = state.refused("restore without --name y", 1)?;
+    ensure!(refused.contains("data.img") && refused.contains("another VM"), "{refused}");
+    state.ok("snapshot web --to with")?;
+    let files = manifest(&state.dir().join("with"))?;
+    // The read-only root is not taken.
+    ensure!(files["disks"].as_array().map(Vec::len) == Some(1), "{}", files["disks"]);
+    ensure!(files["config"]["devices"][1]["path"] == "data.img", "{}", files["config"]);
+    // A machine that is given a file uses it as it is.
+    state.ok("restore with --detach --name given --set disk1.path=copy.img")?;
+    state.refused("restore with --name y --set disk1.path=copy.img", 1)?;
+    let open = open_files(&state, "given")?;
+    ensure!(open.contains(&fs::canonicalize(state.dir().join("copy.img"))?), "{open:?}");
+    ensure!(open.iter().all(|path| !path.ends_with("disk1.raw")), "{open:?}");
+    state.ok("restore with --detach --name own")?;
+    let open = open_files(&state, "own")?;
+    ensure!(!open.contains(&fs::canonicalize(state.dir().join("data.img"))?), "{open:?}");
+    ensure!(open.iter().any(|path| path.to_string_lossy().ends_with("(deleted)")), "nameless: {open:?}");
+    let inspected: Value = serde_json::from_str(&state.ok("inspect own")?)?;
+    ensure!(inspected["config"]["devices"][1]["private"] == true, "{inspected}");
+    Ok(())
+}
+
+#[test]
+fn a_disk_that_is_damaged_or_elsewhere_is_refused() -> Result<()> {
+    let state = machines()?;
+    ext4(&state, "data.img")?;
+    start(&state, "--name web --disk data.img", OBEY)?;
+    state.expect_log("web", "up")?;
+    state.ok("snapshot web --to saved")?;
+    let dir = state.dir().join("saved");
+    let good = fs::read_to_string(dir.join("manifest.json"))?;
+    for (from, to, want) in [
+        ("\"disk1.raw\"", "\"../data.img\"", "no file in its directory"),
+        ("\"disk1.raw\"", "\"/etc/passwd\"", "no file in its directory"),
+        ("\"disk1.raw\"", "\"..\"", "no file in its directory"),
+        ("\"disk1.raw\"", "\"state\"", "bytes"),
+        ("\"disk1.raw\"", "\"missing\"", "missing"),
+        ("\"raw\"", "\"vmdk\"", "not known"),
+        ("\"device\": \"disk1\"", "\"device\": \"disk7\"", "disk7"),
+        ("\"device\": \"disk1\"", "\"device\": \"disk0\"", "cannot change"),
+        ("\"bytes\": 67108864\n", "\"bytes\": 67108865\n", "bytes"),
+    ] {
+        ensure!(good.contains(from), "{from}: {good}");
+        fs::write(dir.join("manifest.json"), good.replacen(from, to, 1))?;
+        let said = state.refused("restore saved --name y", 1)?;
+        ensure!(said.contains(want), "{from} {to}: {said}");
+    }
+    fs::write(dir.join("manifest.json"), good)?;
+    File::options().write(true).open(dir.join("disk1.raw"))?.set_len(1 << 20)?;
+    ensure!(state.refused("restore saved --name y", 1)?.contains("has 1048576 bytes"));
+    ensure!(state.ps()?.len() == 1);
+    Ok(())
+}
+
+#[test]
+fn a_host_without_room_is_one_sentence_and_the_parent_goes_on() -> Result<()> {
+    let state = machines()?;
+    ext4(&state, "data.img")?;
+    // Room for the memory, and not for the disk too.
+    let host = SmallHost::new("size=80m")?;
+    let line =
+        format!("mount /dev/vdb /mnt && head -c 50000000 /dev/urandom > /mnt/large && sync && {WRITE}")
+            .replacen("mount /dev/vdb /mnt && i=0", "i=0", 1);
+    start(&state, "--name web --memory 48M --disk data.img", &line)?;
+    let before = wait_beyond(&state, "web", 5)?;
+    let to = host.path("saved");
+    let said = state.refused(&format!("snapshot web --to {}", to.display()), 1)?;
+    ensure!(said.contains("o space left") && said.contains("make room"), "{said}");
+    ensure!(host.path("").read_dir()?.next().is_none(), "something is left");
+    wait_beyond(&state, "web", before + 5)?;
+    state.ok("snapshot web --to saved")?;
+    state.ok("restore saved --detach --name clone")?;
+    wait_beyond(&state, "clone", before + 5)?;
+    Ok(())
+}
+
+#[test]
+fn blocks_are_shared_where_the_file_system_can() -> Result<()> {
+    let Some(host) = SmallHost::sharing_blocks()? else { return Ok(()) };
+    let state = machines()?;
+    fs::copy(Disk::ext4(64 << 20)?.path(), host.path("data.img"))?;
+    let line =
+        format!("mount /dev/vdb /mnt && head -c 40000000 /dev/urandom > /mnt/large && sync && {WRITE}")
+            .replace("sync && mount /dev/vdb /mnt &&", "sync &&");
+    start(&state, &format!("--name web --memory 64M --disk {}", host.path("data.img").display()), &line)?;
+    let before = wait_beyond(&state, "web", 10)?;
+    let (saved, again) = (host.path("saved"), host.path("again"));
+    let used = || -> Result<u64> {
+        let stat = rustix::fs::statvfs(&host.path(""))?;
+        Ok((stat.f_blocks - stat.f_bfree) * stat.f_frsize)
+    };
+    let memory = |dir: &Path| -> Result<u64> { Ok(fs::metadata(dir.join("memory"))?.blocks() * 512) };
+    let was = used()?;
+    state.ok(&format!("snapshot web --to {}", saved.display()))?;
+    let took = (used()? - was).saturating_sub(memory(&saved)?);
+    ensure!(took < 16 << 20, "the disk has 40 MB, and {took} bytes were taken");
+    let sum = checksum(&saved.join("disk1.raw"))?;
+    let was = used()?;
+    for name in ["one", "two", "three"] {
+        state.ok(&format!("restore {} --detach --name {name}", saved.display()))?;
+        wait_beyond(&state, name, before + 10)?;
+    }
+    let took = used()? - was;
+    ensure!(took < 48 << 20, "three clones of a disk with 40 MB took {took} bytes");
+    ensure!(checksum(&saved.join("disk1.raw"))? == sum, "the snapshot's disk was written");
+    state.ok(&format!("snapshot two --to {}", again.display()))?;
+    check(&Disk::of_others(again.join("disk1.raw")), before)?;
+    check(&Disk::of_others(saved.join("disk1.raw")), 1)?;
+    Ok(())
+}
+
+/// fio writes random blocks with a checksum in each, reads them back and compares, and does it again.
+const VERIFY: &str = "i=0; while i=$((i+1)); do fio --name=v --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=16 \
+     --rw=randwrite --bsrange=4k-64k --bs_unaligned=0 --size=24m --verify=crc32c --verify_fatal=1 --do_verify=1 \
+     --randseed=$i --minimal > /tmp/out && echo n$i || { cat /tmp/out; echo wrong; exit 1; }; done";
+
+#[test]
+fn fio_verifies_to_the_end_in_parent_and_clones() -> Result<()> {
+    let state = machines()?;
+    File::create(state.dir().join("data.img"))?.set_len(32 << 20)?;
+    let root = format!("{},ro", tools_image()?.display());
+    run(
+        &state,
+        &format!("run -q --detach --rootfs {root} --name web --memory 256M --disk data.img"),
+        VERIFY,
+    )?;
+    wait_beyond(&state, "web", 0)?;
+    // At any moment of its work.
+    for (name, from) in [("one", "web"), ("two", "one"), ("three", "two")] {
+        state.ok(&format!("snapshot {from} --to saved"))?;
+        let now = last(&state, from)?;
+        state.ok(&format!("restore saved --detach --name {name}"))?;
+        // The one that it was in the middle of, and a whole one.
+        wait_beyond(&state, name, now + 1)?;
+        wait_beyond(&state, from, now + 1)?;
+    }
+    for name in ["web", "one", "two", "three"] {
+        let log = state.ok(&format!("logs {name}"))?;
+        ensure!(!log.contains("wrong"), "{name}: {log}");
+    }
+    Ok(())
+}

@@ -278,19 +278,29 @@ fn a_host_without_room_is_one_sentence_and_the_parent_goes_on() -> Result<()> {
     let state = machines()?;
     ext4(&state, "data.img")?;
     // Room for the memory, and not for the disk too.
-    let host = SmallHost::new("size=80m")?;
+    let host = SmallHost::new("size=96m")?;
     let line =
         format!("mount /dev/vdb /mnt && head -c 50000000 /dev/urandom > /mnt/large && sync && {WRITE}")
             .replacen("mount /dev/vdb /mnt && i=0", "i=0", 1);
-    start(&state, "--name web --memory 48M --disk data.img", &line)?;
+    start(&state, "--name web --memory 64M --disk data.img", &line)?;
     let before = wait_beyond(&state, "web", 5)?;
     let to = host.path("saved");
     let said = state.refused(&format!("snapshot web --to {}", to.display()), 1)?;
     ensure!(said.contains("o space left") && said.contains("make room"), "{said}");
     ensure!(host.path("").read_dir()?.next().is_none(), "something is left");
     wait_beyond(&state, "web", before + 5)?;
-    state.ok("snapshot web --to saved")?;
-    state.ok("restore saved --detach --name clone")?;
+    // A clone finds none for what is its own, and then some.
+    let host = SmallHost::new("size=200m")?;
+    let to = host.path("saved");
+    state.ok(&format!("snapshot web --to {}", to.display()))?;
+    let filler = host.path("filler");
+    ensure!(std::io::copy(&mut std::io::repeat(1), &mut File::create(&filler)?).is_err(), "it is full");
+    let restore = format!("restore {} --detach --name clone", to.display());
+    let said = state.refused(&restore, 1)?;
+    ensure!(said.contains("o space left") && said.contains("make room"), "{said}");
+    ensure!(state.ps()?.len() == 1);
+    fs::remove_file(filler)?;
+    state.ok(&restore)?;
     wait_beyond(&state, "clone", before + 5)?;
     Ok(())
 }

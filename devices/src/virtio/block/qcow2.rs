@@ -206,7 +206,7 @@ fn name_backing_absolutely(path: &Path, to: &fs::File) -> io::Result<()> {
     to.read_exact_at(&mut header, 0)?;
     let number = |at: usize| header[at..at + 4].iter().fold(0u64, |all, byte| all << 8 | u64::from(*byte));
     let (at, length, cluster) = (number(8) << 32 | number(12), number(16), 1u64 << number(20).min(21));
-    if at == 0 || length > 1023 || at.checked_add(length).is_none_or(|end| end > cluster) {
+    if at == 0 || length > 1023 || at.checked_add(length).is_none_or(|end| end >= cluster) {
         return Ok(());
     }
     let mut name = vec![0; length as usize];
@@ -215,13 +215,14 @@ fn name_backing_absolutely(path: &Path, to: &fs::File) -> io::Result<()> {
     let name = directory.join(std::ffi::OsStr::from_bytes(&name));
     let name = name.as_os_str().as_bytes();
     // Where nothing but the name can be: header and extensions are in front of it.
-    let room = cluster - at;
+    let room = cluster - at - 1;
     if name.len() as u64 > room.min(1023) {
         return Err(io::Error::other(
             "the name of its backing file is too long; give the backing file a shorter path",
         ));
     }
-    let at = cluster - name.len() as u64;
+    // imago wants a byte behind it.
+    let at = cluster - name.len() as u64 - 1;
     to.write_all_at(name, at)?;
     let place = [&at.to_be_bytes()[..], &(name.len() as u32).to_be_bytes()].concat();
     to.write_all_at(&place, NAME_AT)

@@ -10,12 +10,12 @@ use anyhow::{Context, Result, ensure};
 use harness::{Disk, Machines, SmallHost, tools_image};
 use serde_json::Value;
 
-/// Writes numbered files to a mounted disk, and says of each that it is there.
+/// Writes numbered files to a mounted disk, and says of each that it is there to stay.
 const WRITE: &str = "mount /dev/vdb /mnt && i=0 && while i=$((i+1)); do \
-     head -c 20000 /dev/urandom > /mnt/f$i && echo $i $(md5sum < /mnt/f$i) >> /mnt/sums && echo n$i; sleep 0.02; done";
+     head -c 20000 /dev/urandom > /mnt/f$i && echo $i $(md5sum < /mnt/f$i) >> /mnt/sums && sync && echo n$i; sleep 0.02; done";
 
-/// Does what comes on its console, a line at a time.
-const OBEY: &str = "stty -echo; echo up; while read l; do eval \"$l\"; echo done; done";
+/// Does nothing for long.
+const SLEEP: &str = "echo up; sleep 100000";
 
 fn machines() -> Result<Machines> {
     Machines::new(env!("CARGO_BIN_EXE_vmm"))
@@ -102,8 +102,8 @@ fn check(disk: &Disk, least: u32) -> Result<()> {
 }
 
 /// The guest itself looks at all that it has written.
-const LOOK: &str = "for j in $(seq 1 $(wc -l < /mnt/sums)); do \
-     grep -q \"^$j $(md5sum < /mnt/f$j)$\" /mnt/sums || echo \"wrong\" $j; done";
+const LOOK: &str = "for j in $(seq 1 $(wc -l < /mnt/sums)); do set -- $(sed -n ${j}p /mnt/sums); \
+     [ $2 = $(md5sum < /mnt/f$j | cut -c1-32) ] || echo wrong $j; done";
 
 #[test]
 fn clones_have_the_disk_of_the_snapshot_and_write_their_own() -> Result<()> {
@@ -127,17 +127,12 @@ fn clones_have_the_disk_of_the_snapshot_and_write_their_own() -> Result<()> {
     }
     ensure!(checksum(&saved)? == sum, "the snapshot's disk was written");
     check(&Disk::of_others(&saved), before)?;
-    let mut sums = Vec::new();
-    for name in ["web", "one", "two"] {
-        let least = last(&state, name)?;
-        let disk = disk_of(&state, name, "disk1")?;
-        // The file system in the guest's memory is ahead of its disk, so only what is there has to be right.
-        check(&disk, 1)?;
-        ensure!(least > before);
-        sums.push(disk.read_file("/f1").and_then(|_| disk.read_file("/sums")).unwrap_or_default());
+    let least = ["web", "one", "two"].map(|name| last(&state, name));
+    for (name, least) in ["web", "one", "two"].into_iter().zip(least) {
+        check(&disk_of(&state, name, "disk1")?, least?)?;
     }
     state.ok("kill web")?;
-    check(&disk, 1)?;
+    check(&disk, before)?;
     // The snapshot of a restored machine needs nothing but itself.
     fs::remove_dir_all(state.dir().join("saved"))?;
     state.ok("kill one")?;
@@ -177,7 +172,7 @@ fn a_plain_run_is_forked_three_times() -> Result<()> {
     wait_beyond(&state, "web-2-1", now + 5)?;
     ensure!(!state.ok("logs web-2-1")?.contains("wrong"));
     let refused = state.refused("snapshot web --to x --no-disks", 1)?;
-    ensure!(refused.contains("disk0 ends with its machine"), "{refused}");
+    ensure!(refused.contains("rootfs ends with its machine"), "{refused}");
     ensure!(!state.dir().join("x").exists());
     Ok(())
 }
@@ -215,7 +210,7 @@ fn disks_are_left_out_or_replaced_on_request() -> Result<()> {
     for name in ["data.img", "copy.img"] {
         ext4(&state, name)?;
     }
-    start(&state, "--name web --disk data.img", OBEY)?;
+    start(&state, "--name web --disk data.img", SLEEP)?;
     state.expect_log("web", "up")?;
     state.ok("snapshot web --to without --no-disks")?;
     ensure!(manifest(&state.dir().join("without"))?.get("disks").is_none());
@@ -245,7 +240,7 @@ fn disks_are_left_out_or_replaced_on_request() -> Result<()> {
 fn a_disk_that_is_damaged_or_elsewhere_is_refused() -> Result<()> {
     let state = machines()?;
     ext4(&state, "data.img")?;
-    start(&state, "--name web --disk data.img", OBEY)?;
+    start(&state, "--name web --disk data.img", SLEEP)?;
     state.expect_log("web", "up")?;
     state.ok("snapshot web --to saved")?;
     let dir = state.dir().join("saved");
@@ -258,7 +253,6 @@ fn a_disk_that_is_damaged_or_elsewhere_is_refused() -> Result<()> {
         ("\"disk1.raw\"", "\"missing\"", "missing"),
         ("\"raw\"", "\"vmdk\"", "not known"),
         ("\"device\": \"disk1\"", "\"device\": \"disk7\"", "disk7"),
-        ("\"device\": \"disk1\"", "\"device\": \"disk0\"", "cannot change"),
         ("\"bytes\": 67108864\n", "\"bytes\": 67108865\n", "bytes"),
     ] {
         ensure!(good.contains(from), "{from}: {good}");
@@ -336,7 +330,7 @@ fn blocks_are_shared_where_the_file_system_can() -> Result<()> {
     ensure!(checksum(&saved.join("disk1.raw"))? == sum, "the snapshot's disk was written");
     state.ok(&format!("snapshot two --to {}", again.display()))?;
     check(&Disk::of_others(again.join("disk1.raw")), before)?;
-    check(&Disk::of_others(saved.join("disk1.raw")), 1)?;
+    check(&Disk::of_others(saved.join("disk1.raw")), before)?;
     Ok(())
 }
 

@@ -18,6 +18,9 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{FormatAccess, FormatCreateBuilder, Mapping, ShallowMapping, StorageOpenOptions};
 
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
 use super::config::Format;
 use super::disk::open_locked;
 use super::job::PUNCH;
@@ -26,6 +29,9 @@ use crate::storage;
 
 /// Most backing files under one another; a chain may name itself.
 const MAX_DEPTH: usize = 16;
+
+/// Bytes of an image that has nothing in it yet: header and tables, a cluster each.
+const BEGINNING: u64 = 4 * (64 << 10);
 
 /// An open image. Calls block.
 #[derive(Debug)]
@@ -80,6 +86,11 @@ impl Image {
             Format::Qcow2 => opener.qcow2(&below, path, true, 0)?,
         };
         let make = || {
+            // Room for what it begins with, so that making it fails here or not at all.
+            let reserved = rustix::fs::fallocate(fd, FallocateFlags::KEEP_SIZE, 0, BEGINNING);
+            if let Err(error @ (Errno::NOSPC | Errno::DQUOT | Errno::IO)) = reserved {
+                return Err(error.into());
+            }
             let file = opener.storage(fd, path, false)?;
             Qcow2::<File>::create_builder(file).size(beginning.size()).create()?;
             let mut image = Qcow2::<File>::open_image(opener.storage(fd, path, false)?, true)?;
@@ -226,6 +237,13 @@ fn name_backing_absolutely(path: &Path, to: &fs::File) -> io::Result<()> {
     to.write_all_at(name, at)?;
     let place = [&at.to_be_bytes()[..], &(name.len() as u32).to_be_bytes()].concat();
     to.write_all_at(&place, NAME_AT)
+}
+
+impl Drop for Image {
+    /// A guest that was killed has not flushed, and what it has written is to be found as far as the host knows it.
+    fn drop(&mut self) {
+        _ = self.alone().flush();
+    }
 }
 
 /// Where a range's data is in the image's own file (offsets and lengths in bytes), as far as nothing else, such as a

@@ -17,7 +17,6 @@ use imago::format::PreallocateMode;
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{FormatAccess, FormatCreateBuilder, Mapping, ShallowMapping, StorageOpenOptions};
-
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 

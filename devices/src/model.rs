@@ -302,6 +302,14 @@ impl Identity {
 }
 
 /// Counts that every device keeps, readable from any thread while it works.
+///
+/// ```
+/// use devices::model::Counters;
+///
+/// let counters = Counters::default();
+/// Counters::add(&counters.requests, 2);
+/// assert!(counters.all().contains(&("requests", 2)));
+/// ```
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Requests or packets completed.

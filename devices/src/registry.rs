@@ -162,6 +162,13 @@ macro_rules! registry {
 
 /// A change of a device's configuration as it is asked for: keys of [`DeviceConfig`] and their new values, null for
 /// none.
+///
+/// ```
+/// use devices::registry::Patch;
+///
+/// let faster = Patch::from_iter([("bandwidth".to_owned(), "10M/1s".into()), ("ops".to_owned(), serde_json::Value::Null)]);
+/// assert_eq!(serde_json::to_string(&faster).unwrap(), r#"{"bandwidth":"10M/1s","ops":null}"#);
+/// ```
 pub type Patch = Map<String, Value>;
 
 /// A change of a device's configuration that can be made while the machine runs.

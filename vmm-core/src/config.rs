@@ -93,6 +93,13 @@ impl Default for VmConfig {
 }
 
 /// How a guest reaches its virtio devices.
+///
+/// ```
+/// use vmm_core::{VmConfig, config::Transport};
+///
+/// let config = VmConfig { transport: Transport::Pci, ..VmConfig::default() };
+/// assert_eq!(serde_json::to_value(&config).unwrap()["transport"], "pci");
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Transport {
@@ -114,6 +121,12 @@ impl Transport {
 }
 
 /// Where the guest's first serial port goes. Written as `stdio`, `null` or `file=PATH`.
+///
+/// ```
+/// use vmm_core::config::SerialConfig;
+///
+/// assert_eq!("file=guest.log".parse(), Ok(SerialConfig::File("guest.log".into())));
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum SerialConfig {
     /// To whoever runs the machine: the command's terminal, or [`crate::Vm::take_console`].
@@ -161,6 +174,13 @@ impl<'de> Deserialize<'de> for SerialConfig {
 }
 
 /// A configuration that no machine can be built from: a sentence for the operator.
+///
+/// ```
+/// use vmm_core::VmConfig;
+///
+/// let error = VmConfig::default().validate().unwrap_err();
+/// assert_eq!(error.to_string(), "no kernel is given; name one");
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
     /// No kernel is given.
@@ -310,6 +330,13 @@ impl VmConfig {
 /// Splits a kernel command line at its first word `--`: the kernel's parameters, and the arguments of init if there
 /// is such a word. Words are what Linux' `next_arg` (lib/cmdline.c) makes of it: white space in double quotes does
 /// not end one, and quotes around a whole word do not belong to it.
+///
+/// ```
+/// use vmm_core::config::split_command_line;
+///
+/// assert_eq!(split_command_line("quiet -- sh -c ls"), ("quiet ", Some("sh -c ls")));
+/// assert_eq!(split_command_line("quiet"), ("quiet", None));
+/// ```
 pub fn split_command_line(line: &str) -> (&str, Option<&str>) {
     let (mut start, mut quoted) = (0, false);
     // Bytes, as in Linux, to which 0xa0 is white space even inside of a character. No `--` is.

@@ -19,6 +19,15 @@ pub const OUTPUT_BUFFER: usize = 256 << 10;
 pub const INPUT_BUFFER: usize = 16 << 10;
 
 /// What happens to output when the buffer is full.
+///
+/// ```no_run
+/// use vmm_core::{Vm, VmConfig, console::WhenFull};
+///
+/// # fn build(config: VmConfig) -> Result<Vm, vmm_core::BuildError> {
+/// // This program reads it all, so no byte is to be lost.
+/// Vm::builder(config).console_when_full(WhenFull::Wait).build()
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WhenFull {
     /// The oldest bytes are dropped and counted: for readers that may never come.

@@ -37,6 +37,21 @@ pub struct Event {
 }
 
 /// What happened.
+///
+/// ```no_run
+/// use vmm_core::{StopReason, VmState, event::What};
+///
+/// # fn tell(vm: &vmm_core::Vm) {
+/// for event in vm.events() {
+///     match event.what {
+///         What::State(VmState::Stopped(StopReason::GuestPanic)) => println!("to be looked at"),
+///         What::Fact { device, name: "actual_bytes", value } => println!("{device} has {value} bytes"),
+///         // There may be other kinds in a later version.
+///         what => println!("{what}"),
+///     }
+/// }
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum What {

@@ -11,6 +11,15 @@ use crate::hypervisor::Exit;
 const TRACED_ADDRESSES: usize = 4096;
 
 /// Why a vCPU left the guest for this process. What KVM handles by itself (ioeventfd, HLT) is not among it.
+///
+/// ```no_run
+/// use vmm_core::exits::ExitCause;
+///
+/// # fn writes(vm: &vmm_core::Vm) -> u64 {
+/// let exits = vm.exits().into_iter().flatten();
+/// exits.filter(|exit| exit.cause == ExitCause::PortWrite).map(|exit| exit.count).sum()
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ExitCause {
     /// A read of an I/O port.

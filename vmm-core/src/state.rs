@@ -82,6 +82,18 @@ impl fmt::Display for StopReason {
 }
 
 /// A transition that the diagram of [`VmState`] does not have.
+///
+/// ```no_run
+/// use vmm_core::VmError;
+///
+/// # fn pause(vm: &vmm_core::Vm) -> Result<(), VmError> {
+/// match vm.pause() {
+///     Err(VmError::State(refused)) => println!("it is {} already", refused.from.name()),
+///     other => return other,
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a machine that is {} cannot become {}", from.name(), to.name())]
 pub struct IllegalTransition {

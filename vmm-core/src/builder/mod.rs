@@ -37,6 +37,16 @@ mod origin;
 mod parts;
 
 /// A machine that could not be built: a sentence for the operator. Nothing is left behind.
+///
+/// ```
+/// use vmm_core::{BuildError, Vm, VmConfig};
+///
+/// match Vm::builder(VmConfig::default()).build() {
+///     Err(BuildError::Config(error)) => println!("the configuration is to be changed: {error}"),
+///     Err(error) => println!("this host cannot: {error}"),
+///     Ok(_) => unreachable!("without a kernel"),
+/// }
+/// ```
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
     /// The configuration is not possible.

@@ -41,6 +41,17 @@ use state_file::{SectionError, Sections};
 const MAX_CHAIN: usize = 64;
 
 /// What of the memory a snapshot has.
+///
+/// ```no_run
+/// use vmm_core::{SnapshotKind, Vm};
+///
+/// # fn save(vm: &Vm) -> Result<(), vmm_core::VmError> {
+/// vm.snapshot("first".as_ref(), SnapshotKind::Full)?;
+/// let second = vm.snapshot("second".as_ref(), SnapshotKind::Diff)?;
+/// println!("{} bytes were written since", second.memory_bytes);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SnapshotKind {
     /// All of it.
@@ -173,7 +184,20 @@ impl SnapshotFailed {
     }
 }
 
-/// A snapshot, opened and checked, ready to be restored.
+/// A snapshot, opened and checked, ready to be restored: see [`crate::Vm::restore`].
+///
+/// ```no_run
+/// use vmm_core::Snapshot;
+///
+/// # fn look() -> Result<(), Box<dyn std::error::Error>> {
+/// let mut snapshot = Snapshot::open("web.snapshot".as_ref())?;
+/// let config = snapshot.config().clone();
+/// println!("it has {} and {} vCPUs", config.memory, config.cpus);
+/// // What may be another than it was: see docs/clones.md.
+/// snapshot.set_config(config)?;
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Snapshot {
     pub(crate) place: Place,

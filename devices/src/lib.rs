@@ -24,6 +24,8 @@ pub mod model;
 pub mod params;
 pub mod pci;
 pub mod registry;
+#[cfg(any(test, feature = "specimen"))]
+pub mod shape;
 pub mod size;
 pub mod snapshot;
 pub mod storage;

@@ -10,6 +10,7 @@ use super::test_wire::{KINDS as TRANSPORTS, Kind as Transport};
 use super::{F_EVENT_IDX, F_VERSION_1};
 use crate::model::BusDevice;
 use crate::registry::{KINDS, Kind};
+use crate::shape::Shapes;
 use crate::snapshot::{Saved, SnapshotError};
 use crate::throttle::{Limits, TokenBucket};
 
@@ -400,44 +401,13 @@ fn every_value_of_a_state_is_checked_on_its_own() {
     }
 }
 
-/// The names and types of what a value has, a line each: `indent` spaces, and what it is.
-fn shape(value: &Value, name: &str, indent: usize, lines: &mut Vec<String>) {
-    let mut line = |what: &str| lines.push(format!("{:indent$}{name}: {what}", ""));
-    match value {
-        Value::Map(entries) => {
-            line("map");
-            for (key, value) in entries {
-                shape(value, key.as_text().unwrap_or("?"), indent + 2, lines);
-            }
-        }
-        Value::Array(items) => {
-            line("array");
-            let mut kinds = Vec::new();
-            for item in items {
-                let mut inner = Vec::new();
-                shape(item, "each", indent + 2, &mut inner);
-                if !kinds.contains(&inner) {
-                    lines.extend(inner.clone());
-                    kinds.push(inner);
-                }
-            }
-        }
-        Value::Integer(_) => line("integer"),
-        Value::Bytes(_) => line("bytes"),
-        Value::Text(_) => line("text"),
-        Value::Bool(_) => line("bool"),
-        Value::Null => line("null"),
-        other => line(&format!("{other:?}")),
-    }
-}
-
 /// A changed type needs a new version (see [`crate::snapshot::State`]), and then a new text here: the old one says what the
 /// reader of the new version has to take, too.
 #[test]
 fn saved_types_change_only_with_their_versions() {
     let limit = Some(TokenBucket { size: 1 << 20, refill_time: 100, one_time_burst: 0 });
     let limits = vec![Limits { bandwidth: limit, ops: limit }; 2];
-    let mut lines = Vec::new();
+    let mut shapes = Shapes::default();
     for transport in TRANSPORTS {
         for kind in KINDS {
             let mut driver = Driver::build(transport, (kind.specimen)(), &limits);
@@ -447,16 +417,8 @@ fn saved_types_change_only_with_their_versions() {
                 driver.post(2, &[&[0; 10]], &[]);
                 driver.kick(2);
             }
-            let saved = driver.save().unwrap();
-            let name = format!("{} on {transport:?}, version {}", kind.name, saved.version);
-            shape(&saved.value, &name, 0, &mut lines);
+            shapes.add(&format!("{} on {transport:?}", kind.name), &driver.save().unwrap());
         }
     }
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/virtio/saved_shape.txt");
-    let kept = std::fs::read_to_string(path).unwrap_or_default();
-    let now = lines.join("\n") + "\n";
-    assert!(
-        kept == now,
-        "the form of a saved state changed; if its version did too, put this into {path}:\n{now}"
-    );
+    shapes.assert_kept(concat!(env!("CARGO_MANIFEST_DIR"), "/src/virtio/saved_shape.txt").as_ref());
 }

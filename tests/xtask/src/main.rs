@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod demo;
 mod fuzz;
+mod golden;
 mod images;
 mod lab;
 mod public_api;
@@ -27,6 +28,7 @@ enum Command {
     Bench(bench::Bench),
     Demo(demo::Demo),
     Fuzz(fuzz::Fuzz),
+    Golden(golden::Golden),
     Test(test::Test),
     Lab(lab::Lab),
     Images(images::Images),
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Command::Bench(bench) => bench.run(),
         Command::Demo(demo) => demo.run(),
         Command::Fuzz(fuzz) => fuzz.run(),
+        Command::Golden(golden) => golden.run(),
         Command::Test(test) => test.run(),
         Command::Lab(lab) => lab.run(),
         Command::Images(images) => images.run(),

@@ -159,7 +159,7 @@ impl HvVm for FakeVm {
     }
 
     fn save_irqchip(&self, pit: bool) -> Result<IrqchipState, HvError> {
-        Ok(IrqchipState { chips: Vec::new(), pit: pit.then(Default::default) })
+        Ok(IrqchipState { chips: vec![Default::default(); 3], pit: pit.then(Default::default) })
     }
 
     fn restore_irqchip(&self, _saved: &IrqchipState) -> Result<(), HvError> {
@@ -278,7 +278,7 @@ impl Vcpu for FakeVcpu {
 
     fn save(&self) -> Result<VcpuState, HvError> {
         Ok(VcpuState {
-            cpuid: Vec::new(),
+            cpuid: vec![Default::default()],
             mp_state: Default::default(),
             regs: self.regs,
             sregs: self.sregs,
@@ -286,7 +286,7 @@ impl Vcpu for FakeVcpu {
             xcrs: Default::default(),
             debug_regs: Default::default(),
             lapic: self.lapic,
-            msrs: Vec::new(),
+            msrs: vec![(0x10, 0)],
             events: Default::default(),
             tsc_khz: 1_000_000,
         })
@@ -302,7 +302,7 @@ impl Vcpu for FakeVcpu {
     }
 
     fn clock(&self) -> Result<VcpuClock, HvError> {
-        Ok(VcpuClock { tsc: 0, deadline: 0, offset: None })
+        Ok(VcpuClock { tsc: 0, deadline: 0, offset: Some(0) })
     }
 
     fn set_clock(&mut self, _clock: VcpuClock) -> Result<(), HvError> {

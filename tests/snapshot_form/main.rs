@@ -1,0 +1,8 @@
+//! The form of snapshots stays, and what is not of that form is refused. Most of it without KVM.
+
+mod forms;
+mod golden;
+mod host;
+
+/// What forms are compared with, and snapshots of released versions.
+const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");

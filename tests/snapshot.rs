@@ -2,12 +2,13 @@
 //! its parent too. On this machine's /dev/kvm.
 
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use harness::{Api, Kernel, Machines, local_kvm};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use serde_json::{Value, json};
 
 /// Prints `n1`, `n2` and so on.
@@ -160,11 +161,15 @@ fn mistakes_are_one_sentence_and_leave_nothing() -> Result<()> {
     state.ok("run --name ended SHORT")?;
     fs::create_dir(state.dir().join("taken"))?;
     fs::write(state.dir().join("taken/file"), "mine")?;
+    // A web application's, say.
+    fs::create_dir(state.dir().join("app"))?;
+    fs::write(state.dir().join("app/manifest.json"), "{\"name\": \"mine\"}")?;
     state.ok("snapshot tracked --to base")?;
     for (words, status, want) in [
         ("snapshot nobody --to x", 1, "nobody"),
         ("snapshot ended --to x", 1, "ended"),
         ("snapshot web --to taken", 1, "is no snapshot"),
+        ("snapshot web --to app", 1, "is no snapshot"),
         ("snapshot web --to missing/x", 1, "missing"),
         ("snapshot web --to x --diff", 1, "--track-dirty"),
         ("snapshot tracked --to base --diff", 1, "choose another place"),
@@ -183,7 +188,8 @@ fn mistakes_are_one_sentence_and_leave_nothing() -> Result<()> {
     let mut there: Vec<_> =
         fs::read_dir(state.dir())?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
     there.sort();
-    assert_eq!(there, ["base", "idle", "saved", "short", "state", "taken", "tmp", "v.sock"]);
+    assert!(state.dir().join("app/manifest.json").exists());
+    assert_eq!(there, ["app", "base", "idle", "saved", "short", "state", "taken", "tmp", "v.sock"]);
     assert!(state.ps()?.iter().all(|row| row["name"] != "y"), "{:?}", state.ps()?);
     Ok(())
 }
@@ -205,6 +211,12 @@ fn what_is_damaged_is_refused() -> Result<()> {
         fs::write(path, bytes)
     };
     let remove: Damage = |path| fs::remove_file(path);
+    let pipe: Damage = |path| {
+        fs::remove_file(path)?;
+        Ok(mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?)
+    };
+    let directory: Damage = |path| fs::remove_file(path).and_then(|()| fs::create_dir(path));
+    let endless: Damage = |path| fs::remove_file(path).and_then(|()| symlink("/dev/zero", path));
     let newer: Damage =
         |path| fs::write(path, fs::read_to_string(path)?.replacen("\"format\": 1", "\"format\": 2", 1));
     for (file, damage, want) in [
@@ -216,6 +228,12 @@ fn what_is_damaged_is_refused() -> Result<()> {
         ("state", remove, "state"),
         ("memory", shorten, "damaged"),
         ("memory", remove, "memory"),
+        ("manifest.json", pipe, "no regular file"),
+        ("state", pipe, "no regular file"),
+        ("memory", pipe, "no regular file"),
+        ("state", directory, "no regular file"),
+        ("manifest.json", endless, "no regular file"),
+        ("memory", endless, "no regular file"),
     ] {
         state.ok("snapshot web --to saved")?;
         damage(&path(file))?;

@@ -44,10 +44,11 @@ impl Saved {
 
     /// Reads a state.
     pub fn get<S: State>(&self) -> Result<S, SnapshotError> {
-        if self.version > S::VERSION {
-            return Err(SnapshotError::Newer { found: self.version, known: S::VERSION });
+        match self.version {
+            0 => Err(SnapshotError::impossible("version 0")),
+            found if found > S::VERSION => Err(SnapshotError::Newer { found, known: S::VERSION }),
+            _ => from_value(self.value.clone()),
         }
-        from_value(self.value.clone())
     }
 }
 

@@ -3,6 +3,7 @@
 mod forms;
 mod golden;
 mod host;
+mod hostile;
 
 /// What forms are compared with, and snapshots of released versions.
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden");

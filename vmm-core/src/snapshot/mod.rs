@@ -34,6 +34,7 @@ pub(crate) use disks::{DiskTarget, SavedDisk};
 use manifest::{DevicePlace, Diff, Manifest, MemoryMap, MemoryRange};
 use memory_file::{MemoryFileError, MemoryImage, Pages, Run};
 use memory_writer::{MemoryWriter, Written};
+use place::Pin;
 pub(crate) use place::Place;
 use state_file::{SectionError, Sections};
 
@@ -64,6 +65,9 @@ pub enum SnapshotKind {
     /// this.
     Clones,
 }
+
+/// How often a snapshot is opened anew that is replaced while it is opened.
+const MAX_REPLACED: usize = 8;
 
 /// What a restored guest makes of the time that it slept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -106,6 +110,9 @@ pub enum SnapshotFailed {
     /// One file for two purposes.
     #[error("'{path}' cannot be both the state and the memory of a snapshot; choose two files", path = .0.display())]
     OneFile(PathBuf),
+    /// One snapshot after the other came to its place.
+    #[error("'{path}' is replaced all the time; restore it when it is not", path = .0.display())]
+    Replaced(PathBuf),
     /// What was opened is no snapshot.
     #[error("'{path}' is no snapshot: {reason}", path = path.display())]
     Manifest {
@@ -209,8 +216,20 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Opens the snapshot in the directory `path`.
+    /// Opens the snapshot in the directory `path`. All of it is of one snapshot, even if another one replaces it meanwhile.
     pub fn open(path: &Path) -> Result<Self, SnapshotFailed> {
+        for _ in 0..MAX_REPLACED {
+            let pin = Pin::of(path);
+            let opened = Self::open_once(path);
+            // Without a directory there is nothing to replace.
+            if pin.is_none_or(|pin| pin.is_at(path)) {
+                return opened;
+            }
+        }
+        Err(SnapshotFailed::Replaced(path.into()))
+    }
+
+    fn open_once(path: &Path) -> Result<Self, SnapshotFailed> {
         let (manifest, _) = read_manifest(&Place::Dir(path.into()))?;
         let bytes = Place::read_state(path)?;
         let wrong = |source| SnapshotFailed::State { path: path.into(), source };

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use ciborium::Value;
@@ -12,7 +12,7 @@ use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, flock, renameat_with}
 
 use super::manifest::{Diff, FORMAT};
 use super::state_file::{self, SectionError, Sections};
-use super::{Base, Run, SnapshotFailed, random};
+use super::{Base, MAX_CHAIN, Run, SnapshotFailed, random, read_manifest};
 
 /// Names of the files in a directory.
 pub(super) const MANIFEST: &str = "manifest.json";
@@ -195,7 +195,7 @@ impl Place {
         match self {
             Self::Dir(dir) => {
                 let taken = match fs::read_dir(dir) {
-                    Ok(mut entries) => entries.next().is_some() && !dir.join(MANIFEST).is_file(),
+                    Ok(mut entries) => entries.next().is_some() && !is_snapshot(dir),
                     Err(error) => error.kind() != io::ErrorKind::NotFound,
                 };
                 taken.then(|| dir.clone())
@@ -208,14 +208,35 @@ impl Place {
         }
     }
 
+    /// A file or directory that both places share, by whatever path.
+    fn shared_with(&self, other: &Self) -> Option<PathBuf> {
+        let paths = |place: &Self| [place.path().to_owned(), place.memory()];
+        let identity = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino())).ok();
+        let same = |one: &PathBuf, other: &PathBuf| {
+            one == other || identity(one).is_some_and(|one| identity(other) == Some(one))
+        };
+        let ours = paths(self);
+        paths(other).into_iter().find(|path| ours.iter().any(|own| same(own, path)))
+    }
+
+    /// Fails if a snapshot here would replace `base`, or anything below it.
+    fn is_not_below(&self, base: &Self) -> Result<(), SnapshotFailed> {
+        let mut link = base.clone();
+        for _ in 0..=MAX_CHAIN {
+            if let Some(path) = self.shared_with(&link) {
+                return Err(SnapshotFailed::OverBase(path));
+            }
+            // What cannot be read is nothing that could be restored.
+            let Ok((manifest, _)) = read_manifest(&link) else { return Ok(()) };
+            let Some(diff) = manifest.memory.diff else { return Ok(()) };
+            link = link.base_of(&diff);
+        }
+        Ok(())
+    }
+
     /// How a diff here tells what it is a difference to.
     pub fn diff(&self, base: Base, pages: Vec<Run>) -> Result<Diff, SnapshotFailed> {
-        let ours = [self.path().to_owned(), self.memory()];
-        if let Some(path) =
-            [base.place.path().to_owned(), base.place.memory()].into_iter().find(|path| ours.contains(path))
-        {
-            return Err(SnapshotFailed::OverBase(path));
-        }
+        self.is_not_below(&base.place)?;
         let memory = match &base.place {
             Self::Dir(_) => None,
             Self::Files { memory, .. } => Some(self.seen_from_here(memory)),
@@ -248,6 +269,24 @@ impl Place {
     }
 }
 
+/// A directory that is held: as long as that is so, no other has its identity.
+pub(super) struct Pin(File);
+
+impl Pin {
+    /// The directory at `path`, if there is one.
+    pub fn of(path: &Path) -> Option<Self> {
+        let flags = (OFlags::DIRECTORY | OFlags::NONBLOCK).bits() as i32;
+        File::options().read(true).custom_flags(flags).open(path).ok().map(Self)
+    }
+
+    /// Whether it still is at `path`.
+    pub fn is_at(&self, path: &Path) -> bool {
+        let identity = |meta: fs::Metadata| (meta.dev(), meta.ino());
+        let here = fs::metadata(path).map(identity).ok();
+        here.is_some() && here == self.0.metadata().map(identity).ok()
+    }
+}
+
 /// How the names begin of what is made beside `path`.
 fn beginning(path: &Path) -> Option<OsString> {
     let mut name = OsString::from(".");
@@ -261,6 +300,21 @@ fn beside(path: &Path) -> Result<PathBuf, SnapshotFailed> {
     let mut name = beginning(path).ok_or_else(|| SnapshotFailed::Taken(path.into()))?;
     name.push(format!("{:08x}", random::<4>().map_or(0, u32::from_le_bytes)));
     Ok(path.with_file_name(name))
+}
+
+/// Whether a directory has the manifest of a snapshot, of whatever version: others have files of that name, too.
+fn is_snapshot(dir: &Path) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Known {
+        #[serde(rename = "format")]
+        _format: u32,
+        #[serde(rename = "id")]
+        _id: String,
+        #[serde(rename = "state_crc32")]
+        _state: u32,
+    }
+    let text = read_at_most(&dir.join(MANIFEST), MAX_MANIFEST);
+    text.is_ok_and(|text| serde_json::from_slice::<Known>(&text).is_ok())
 }
 
 /// Removes what snapshots to the directory `place` have left that were killed: directories beside it that nobody has locked.

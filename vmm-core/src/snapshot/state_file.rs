@@ -14,8 +14,9 @@ const FORMAT: u32 = 1;
 /// Name of the last section.
 const END: &str = "end";
 
-/// Most bytes of a state file. The largest real ones, of machines with 32 vCPUs and devices, have less than 1 MiB.
-pub const MAX_BYTES: usize = 32 << 20;
+/// Most bytes of a state file, but for texts. The largest real ones, of machines with 32 vCPUs and devices, have less than
+/// 1 MiB. A value of one byte takes some 32 of them in memory, so that this bounds what a hostile file can take.
+pub const MAX_BYTES: usize = 8 << 20;
 /// Most sections.
 const MAX_SECTIONS: usize = 1024;
 /// How deep values may be nested: far more than any state is, and far less than a stack is.
@@ -98,6 +99,7 @@ impl Sections {
             found => return Err(SectionError::Format { found }),
         }
         let mut sections = Self::default();
+        let mut room = MAX_BYTES;
         loop {
             let (name, version, data) = input.section()?;
             if name == END {
@@ -106,6 +108,9 @@ impl Sections {
             }
             if sections.get(name).is_ok() || sections.0.len() == MAX_SECTIONS {
                 return Err(SectionError::Damaged);
+            }
+            if !is_text(data) {
+                room = room.checked_sub(data.len()).ok_or(SectionError::TooLarge)?;
             }
             let mut rest = data;
             let value = ciborium::de::from_reader_with_recursion_limit(&mut rest, MAX_DEPTH)
@@ -116,6 +121,11 @@ impl Sections {
             sections.push(name, Saved { version, value });
         }
     }
+}
+
+/// Whether this is a CBOR text, which takes as many bytes in memory as it has.
+fn is_text(data: &[u8]) -> bool {
+    data.first().is_some_and(|first| first >> 5 == 3)
 }
 
 /// Whether every byte string of `read` is as long in `saved`.
@@ -193,6 +203,9 @@ pub enum SectionError {
     /// Bytes were changed, or are missing.
     #[error("it is damaged: a checksum does not match, or its end is missing")]
     Damaged,
+    /// More than any machine has.
+    #[error("it has more than {MAX_BYTES} bytes, which no machine's state has; it is damaged")]
+    TooLarge,
     /// A section is not there.
     #[error("it has no section '{name}'")]
     Missing {
@@ -268,6 +281,22 @@ mod tests {
             put(&mut bytes, END, 0, &[]);
             assert!(matches!(Sections::from_bytes(&bytes), Err(SectionError::State { .. })));
         }
+    }
+
+    #[test]
+    fn values_have_a_limit_and_a_text_has_none() {
+        let file = |data: &[u8]| {
+            let mut bytes = [&MAGIC[..], &FORMAT.to_le_bytes()].concat();
+            put(&mut bytes, "a", 1, data);
+            put(&mut bytes, END, 0, &[]);
+            Sections::from_bytes(&bytes)
+        };
+        // An array of so many nulls, and as many bytes of text.
+        let count = (MAX_BYTES as u32).to_be_bytes();
+        let nulls = [&[0x9a][..], &count, &vec![0xf6; MAX_BYTES]].concat();
+        assert_eq!(file(&nulls), Err(SectionError::TooLarge));
+        let text = [&[0x7a][..], &count, &vec![b'x'; MAX_BYTES]].concat();
+        assert!(file(&text).is_ok());
     }
 
     #[test]

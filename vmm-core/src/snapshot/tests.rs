@@ -185,3 +185,73 @@ fn what_a_killed_snapshot_left_goes_with_the_next_one_and_nothing_else_does() {
     left.sort();
     assert_eq!(names(top.path()), left);
 }
+
+#[test]
+fn only_a_snapshot_is_replaced_and_no_link_of_a_chain() {
+    let top = tempfile::tempdir().unwrap();
+    let at = |name: &str| top.path().join(name);
+    let begin = |name: &str| Draft::begin(&Place::Dir(at(name))).map(drop);
+    make(&at("base"));
+    begin("base").unwrap();
+    for text in ["{}", "{\"name\": \"a web app\"}", "{\"format\": 1}", "[]", ""] {
+        fs::create_dir_all(at("app")).unwrap();
+        fs::write(at("app").join(MANIFEST), text).unwrap();
+        assert!(matches!(begin("app"), Err(SnapshotFailed::Taken(_))), "{text}");
+    }
+
+    let dir = |name: &str| Place::Dir(at(name));
+    let links = ["base", "one", "two", "three"];
+    for pair in links.windows(2) {
+        make(&at(pair[1]));
+        edit(&at(pair[1]), |m| {
+            m["memory"]["diff"] = json!({ "parent": "00", "path": format!("../{}", pair[0]), "pages": [] });
+        });
+    }
+    let base = || Base { id: "00".into(), place: dir("three") };
+    for link in links {
+        assert!(matches!(dir(link).diff(base(), Vec::new()), Err(SnapshotFailed::OverBase(_))), "{link}");
+        let other = format!("link-to-{link}");
+        symlink(at(link), at(&other)).unwrap();
+        assert!(dir(&other).diff(base(), Vec::new()).is_err(), "{other}");
+    }
+    assert!(dir("four").diff(base(), Vec::new()).is_ok());
+    make(&at("other"));
+    assert!(dir("other").diff(base(), Vec::new()).is_ok(), "what is no link may go");
+}
+
+#[test]
+fn what_is_opened_is_one_snapshot_while_others_take_its_place() {
+    use std::os::unix::fs::FileExt;
+    let top = tempfile::tempdir().unwrap();
+    let [place, draft] = ["s", "t"].map(|name| top.path().join(name));
+    // The memory says whose it is.
+    let make_one = |dir: &Path, id: u64| {
+        make(dir);
+        edit(dir, |m| m["id"] = json!(id.to_string()));
+        let memory = File::options().write(true).open(dir.join(MEMORY)).unwrap();
+        memory.write_all_at(&id.to_le_bytes(), 0).unwrap();
+    };
+    make_one(&place, 0);
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for id in (1..).take_while(|_| !done.load(std::sync::atomic::Ordering::Relaxed)) {
+                make_one(&draft, id);
+                rustix::fs::renameat_with(CWD, &draft, CWD, &place, rustix::fs::RenameFlags::EXCHANGE)
+                    .unwrap();
+                fs::remove_dir_all(&draft).unwrap();
+            }
+        });
+        for _ in 0..300 {
+            match Snapshot::open(&place) {
+                Ok(snapshot) => {
+                    let mut id = [0; 8];
+                    snapshot.image.base().read_exact_at(&mut id, 0).unwrap();
+                    assert_eq!(snapshot.manifest.id, u64::from_le_bytes(id).to_string());
+                }
+                Err(error) => assert!(matches!(error, SnapshotFailed::Replaced(_)), "{error}"),
+            }
+        }
+        done.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+}

@@ -1,4 +1,11 @@
-//! A hostile driver, made of whatever bytes the fuzzer comes up with, for any device of the registry.
+//! A hostile driver, made of whatever bytes the fuzzer comes up with, for any device of the registry; and snapshots that
+//! somebody has changed.
+
+mod edit;
+/// The micro guests of the tests: a kernel is needed, which nothing executes.
+#[path = "../../harness/src/micro.rs"]
+pub mod micro;
+pub mod snapshot;
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use devices::model::{BusDevice, VirtioDevice};

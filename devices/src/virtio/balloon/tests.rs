@@ -249,3 +249,27 @@ fn shared_memory_goes_back_too_and_huge_pages_stay() {
         assert_eq!(all.iter().filter(|&&byte| byte == 0).count() as u64, want);
     }
 }
+
+#[test]
+fn a_balloon_that_is_being_inflated_goes_on_elsewhere() {
+    let config = Config { size: ByteSize(8 << 20), ..Config::default() };
+    let mut driver = driver(&config);
+    let [first, second] = [PAGES, PAGES + PAGE];
+    [first, second].iter().for_each(|&page| fill(&driver, page));
+    driver.write_config(4, &1u32.to_le_bytes());
+    assert_eq!(driver.request(INFLATE, &[&pfns(&[first])], &[]).used, Some(0));
+    // This one is on its way.
+    driver.post(INFLATE, &[&pfns(&[second])], &[]);
+    let saved = driver.save().expect("it is saved");
+    let device = config.open(&MachineShape::default()).expect("a balloon");
+    let mut again = driver.restored(device, &[], &saved).expect("it is restored");
+    assert_eq!((again.used(INFLATE).len(), is_zero(&again, second)), (1, true));
+    assert_eq!(
+        (config_u32(&again, 0), config_u32(&again, 4)),
+        (2048, 1),
+        "the target, and how far it had come"
+    );
+    assert_eq!(fact(&again, "inflated_bytes"), 2 * PAGE);
+    assert_eq!(again.request(DEFLATE, &[&pfns(&[first, second])], &[]).used, Some(0));
+    assert_eq!((fact(&again, "deflated_bytes"), mistakes(&again)), (2 * PAGE, 0));
+}

@@ -198,3 +198,37 @@ fn a_peer_that_goes_away_takes_the_link_down_and_no_more() {
     assert_eq!(request(&mut driver, &frame(1, 60_000)), Some(0));
     assert!(!link_is_up(&driver), "a reset brings no peer back");
 }
+
+#[test]
+fn a_frame_that_was_half_sent_is_whole_or_not_there_for_the_next_peer() {
+    let (mut driver, _peer) = driver(0);
+    let mut frames = Vec::new();
+    loop {
+        frames.push(frame(frames.len() as u8, 40_000));
+        if request(&mut driver, &frames[frames.len() - 1]).is_none() {
+            break;
+        }
+    }
+    // Behind it, one that nobody has looked at.
+    frames.push(frame(99, 60));
+    driver.post(TX, &[&[0; HEADER_BYTES], &frames[frames.len() - 1]], &[]);
+    let saved = driver.save().expect("it is saved");
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let (ours, peer) =
+        rustix::net::socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None).expect("pair");
+    let setup = Setup { mac: MacAddr::from_name("test"), mtu: None, mac_check: false, boot: None };
+    let net = Net::new(vec![super::super::Link::Stream(Stream::new(ours))], setup, None);
+    let mut again = driver.restored(Box::new(net), &[], &saved).expect("it is restored");
+    assert_eq!(again.used(TX).len(), 2, "both are done with");
+    frames.push(frame(50, 100));
+    assert_eq!(request(&mut again, &frames[frames.len() - 1]), Some(0));
+    let got = recv(&peer);
+    let mut rest = &got[..];
+    let mut seen = Vec::new();
+    while let Some((len, behind)) = rest.split_first_chunk::<4>() {
+        let (whole, behind) = behind.split_at(u32::from_be_bytes(*len) as usize);
+        seen.push(frames.iter().position(|sent| sent == whole).expect("a frame that was sent"));
+        rest = behind;
+    }
+    assert!(seen.ends_with(&[frames.len() - 2, frames.len() - 1]), "{seen:?} of {}", frames.len());
+}

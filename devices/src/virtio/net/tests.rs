@@ -600,3 +600,32 @@ fn a_flag_and_json_say_the_same() {
     }
     assert!(serde_json::from_str::<Config>(r#"{"tap":false}"#).is_err());
 }
+
+#[test]
+fn a_full_tap_and_frames_that_waited_for_buffers_are_left_behind() {
+    for features in [0, MRG, F_EVENT_IDX | MRG] {
+        let (mut driver, host) = driver(features);
+        for mark in 0..4 {
+            send(&host, &datagram(mark, 100));
+        }
+        driver.host_events();
+        let frame = datagram(9, 60_000);
+        while counter(&driver.counters.dropped) == 0 {
+            driver.request(TX, &[&frame], &[]);
+        }
+        // One is made available, and the device does not know yet.
+        driver.post(TX, &[&datagram(7, 60)], &[]);
+        let saved = driver.save().expect("it is saved");
+        let (device, host) = pair();
+        let setup = Setup { mac: MacAddr::from_name("test"), mtu: None, mac_check: false, boot: None };
+        let device = Net::new(vec![Link::Tap(tap::Tap::from_socket(device))], setup, None);
+        let mut again = driver.restored(Box::new(device), &[], &saved).expect("it is restored");
+        assert_eq!((again.used(TX).len(), again.used(RX).len()), (1, 0), "features {features:#x}");
+        assert_eq!(recv(&host), Some(datagram(7, 60)));
+        send(&host, &datagram(5, 100));
+        let reply = again.request(RX, &[], &[256]);
+        assert_eq!(reply.used, Some(HEADER_BYTES as u32 + 100), "features {features:#x}");
+        assert_eq!(again.request(TX, &[&datagram(8, 60)], &[]).used, Some(0));
+        assert_eq!(recv(&host), Some(datagram(8, 60)));
+    }
+}

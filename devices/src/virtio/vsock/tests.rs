@@ -525,6 +525,44 @@ fn a_machine_that_goes_on_elsewhere_tells_its_guest() {
     assert_eq!(driver.request(EVENT, &[], &[4]).used, None, "once");
 }
 
+#[test]
+fn connections_that_are_half_closed_or_wait_for_room_end_with_a_restore_and_new_ones_work() {
+    let mut guest = Guest::new();
+    let (mut half, mut first) = guest.called(1);
+    first.write_all(b"last").unwrap();
+    first.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(text(&guest.receive()), b"last");
+    half.write(&mut guest, b"half");
+    let (mut full, second) = guest.called(2);
+    while full.credit() > 0 {
+        let len = full.credit().min(50_000);
+        full.write(&mut guest, &vec![7; len]);
+        guest.receive().iter().for_each(|(header, _)| full.learn(header));
+    }
+    // And one that the guest has not answered.
+    let _third = guest.connect("CONNECT 3\n");
+    guest.receive();
+
+    let saved = guest.driver.save().unwrap();
+    let elsewhere = guest.path().with_file_name("w");
+    let device = Vsock::new(listener::listen(&elsewhere).unwrap(), CID).unwrap();
+    guest.driver = guest.driver.restored(Box::new(device), &[], &saved).unwrap();
+    let reply = guest.driver.request(EVENT, &[], &[4]);
+    assert_eq!((reply.used, reply.data), (Some(4), vec![vec![0; 4]]), "the guest is told");
+    for mut host in [first, second] {
+        let mut rest = Vec::new();
+        host.set_nonblocking(false).unwrap();
+        _ = host.read_to_end(&mut rest);
+    }
+    // What the guest still says of the old ones is answered as what it is.
+    assert!(guest.send(Header { len: 1, ..half.header(Op::Rw) }, b"x"));
+    assert_eq!(guest.ops(), [RST]);
+    let mut caller = UnixStream::connect(elsewhere).unwrap();
+    caller.write_all(b"CONNECT 4\n").unwrap();
+    let (request, _) = guest.one();
+    assert_eq!((request.op, request.dst_port), (Op::Request as u16, 4));
+}
+
 fn refusal(path: &Path) -> String {
     listener::listen(path).map(|_| ()).expect_err("it is refused").to_string()
 }

@@ -111,8 +111,8 @@ impl Parent {
             "serial": "null",
             "transport": if pci { "pci" } else { "mmio" },
             "devices": [
-                {"kind": "disk", "path": files[1].path, "engine": "threads"},
-                {"kind": "pmem", "path": files[2].path},
+                {"kind": "disk", "path": files[1].path, "ro": true, "engine": "threads"},
+                {"kind": "pmem", "path": files[2].path, "ro": true},
                 {"kind": "rng"},
                 {"kind": "balloon"},
                 {"kind": "console", "null": true},

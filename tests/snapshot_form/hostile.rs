@@ -54,7 +54,7 @@ enum Outcome {
 impl Saved {
     fn new(transport: &str) -> Result<Self> {
         let host = Host::new()?;
-        host.machine(transport)?.snapshot(&host.path("saved"), SnapshotKind::Full)?;
+        host.machine(transport)?.snapshot_without_disks(&host.path("saved"), SnapshotKind::Full)?;
         let state = fs::read(host.path("saved/state"))?;
         let manifest = serde_json::from_slice(&fs::read(host.path("saved/manifest.json"))?)?;
         Ok(Self { host, state, manifest })

@@ -329,7 +329,7 @@ fn blocks_are_shared_where_the_file_system_can() -> Result<()> {
     let before = wait_beyond(&state, "web", 10)?;
     let (saved, again) = (host.path("saved"), host.path("again"));
     let used = || -> Result<u64> {
-        let stat = rustix::fs::statvfs(&host.path(""))?;
+        let stat = rustix::fs::statvfs(host.path(""))?;
         Ok((stat.f_blocks - stat.f_bfree) * stat.f_frsize)
     };
     let memory = |dir: &Path| -> Result<u64> { Ok(fs::metadata(dir.join("memory"))?.blocks() * 512) };
@@ -353,7 +353,7 @@ fn blocks_are_shared_where_the_file_system_can() -> Result<()> {
 }
 
 /// fio writes random blocks with a checksum in each, reads them back and compares, and does it again.
-const VERIFY: &str = "i=0; while i=$((i+1)); do fio --name=v --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=16 \
+const VERIFY: &str = "cd /tmp; i=0; while i=$((i+1)); do fio --name=v --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=16 \
      --rw=randwrite --bsrange=4k-64k --bs_unaligned=0 --size=24m --verify=crc32c --verify_fatal=1 --do_verify=1 \
      --randseed=$i --minimal > /tmp/out && echo n$i || { cat /tmp/out; echo wrong; exit 1; }; done";
 

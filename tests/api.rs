@@ -268,7 +268,7 @@ fn what_is_not_there_yet_and_metadata_that_cannot_be_are_refused_by_name() -> Re
             "PUT",
             "/snapshot/load",
             r#"{"snapshot_path":"disk","mem_backend":{"backend_type":"Uffd","backend_path":"u"}}"#,
-            "Uffd is not supported yet",
+            "is of no use",
         ),
         ("PUT", "/cpu-config", "{}", "custom processor templates are not supported yet"),
         ("PATCH", "/hotplug/memory", "{}", "plugging in memory while the machine runs is not supported yet"),

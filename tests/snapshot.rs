@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
+use harness::pager::Pager;
 use harness::{Api, Kernel, Machines, local_kvm};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 /// Prints `n1`, `n2` and so on.
@@ -106,11 +108,12 @@ fn every_link_of_a_chain_of_diffs_is_right() -> Result<()> {
     Ok(())
 }
 
-/// Waits until a machine that was restored has gone on for a while.
+/// Restores a machine, and ends it when it has gone on for a while.
 fn goes_on(state: &Machines, from: &str, how: &str) -> Result<()> {
-    state.ok(&format!("restore {from} --detach --name {from} {how}"))?;
-    wait_numbers(state, from, "right ", 3)?;
-    state.ok(&format!("kill {from}")).map(drop)
+    state.ok(&format!("restore {from} --detach --name again {how}"))?;
+    wait_numbers(state, "again", "right ", 3).context(how.to_owned())?;
+    state.ok("kill again")?;
+    state.ok("rm again").map(drop)
 }
 
 #[test]
@@ -132,6 +135,18 @@ fn memory_that_is_written_hard_while_it_is_saved_is_right() -> Result<()> {
     }
     for from in ["a", "b", "c", "d"] {
         goes_on(&state, from, "")?;
+    }
+    // Shared memory is copied.
+    goes_on(&state, "d", "--memory-mode uffd")?;
+    assert!(!state.dir().join("d/memory.touched").exists());
+    for shared in ["a", "c"] {
+        let manifest = state.dir().join(shared).join("manifest.json");
+        let text = fs::read_to_string(&manifest)?;
+        fs::write(&manifest, text.replace("\"mem_shared\": true", "\"mem_shared\": false"))?;
+        // What the first one touches, the second has before.
+        goes_on(&state, shared, "--memory-mode uffd")?;
+        assert!(state.dir().join(shared).join("memory.touched").is_file(), "{shared}");
+        goes_on(&state, shared, "--memory-mode uffd")?;
     }
     Ok(())
 }
@@ -289,6 +304,38 @@ fn merge(base: &Path, diff: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Loads the snapshot in `s2`, whose memory is in `merged`, with a handler of page faults.
+fn memory_comes_from_another_process(dir: &Path) -> Result<()> {
+    let path = |name: &str| -> PathBuf { dir.join(name) };
+    let backend = json!({"backend_type": "Uffd", "backend_path": "pager"});
+    let body = json!({"snapshot_path": "s2", "mem_backend": backend, "resume_vm": true});
+    let (program, child) = api(dir, "child.sock")?;
+    let fault = child.send("PUT", "/snapshot/load", &body.to_string())?.fault()?;
+    ensure!(fault.contains("start the handler first"), "{fault}");
+    let pager = Pager::listen(&path("pager"), &path("merged"), usize::MAX)?;
+    child.put("/snapshot/load", body.clone())?;
+    wait_console(&path("console"), 5)?;
+    child.patch("/vm", json!({"state": "Paused"}))?;
+    // All of its memory, most of which never came.
+    child.put("/snapshot/create", json!({"snapshot_path": "s3", "mem_file_path": "m3"}))?;
+    drop(program);
+    let served = pager.wait()?;
+    ensure!(served > 100, "{served} pages");
+    let (program, child) = api(dir, "child.sock")?;
+    child.put("/snapshot/load", json!({"snapshot_path": "s3", "mem_file_path": "m3", "resume_vm": true}))?;
+    wait_console(&path("console"), 5)?;
+    drop(program);
+
+    // A handler that ends too early: the guest hangs, and its program does not.
+    let pager = Pager::listen(&path("pager"), &path("merged"), 300)?;
+    let (mut program, child) = api(dir, "child.sock")?;
+    child.put("/snapshot/load", body)?;
+    ensure!(pager.wait()? == 300, "it ends by itself");
+    kill_process(Pid::from_child(&program.0), Signal::TERM)?;
+    program.0.wait()?;
+    Ok(())
+}
+
 #[test]
 fn firecrackers_calls_save_and_load_a_machine() -> Result<()> {
     let kvm = local_kvm().context("this needs a /dev/kvm on this machine")?;
@@ -356,6 +403,7 @@ fn firecrackers_calls_save_and_load_a_machine() -> Result<()> {
             "{goes_on:?}"
         );
     }
+    memory_comes_from_another_process(dir.path())?;
     let (_program, other) = api(dir.path(), "other.sock")?;
     other.put("/machine-config", json!({"vcpu_count": 1, "mem_size_mib": 16}))?;
     let body = json!({"snapshot_path": "s", "mem_file_path": "m", "resume_vm": true, "clock_realtime": true});

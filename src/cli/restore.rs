@@ -35,9 +35,10 @@ pub struct RestoreArgs {
     #[arg(long = "set", value_name = "DEVICE.KEY=VALUE", help_heading = "Machine")]
     changes: Vec<String>,
 
-    /// How the guest gets its memory: map shares and copies on write, copy reads all of it first
+    /// How the guest gets its memory: map shares and copies on write, copy reads all of it first, uffd reads what the guest
+    /// asks for and then the rest
     #[arg(long, value_name = "MODE", help_heading = "Machine", default_value = "map",
-        value_parser = named::<MemoryMode>(&["map", "copy"]))]
+        value_parser = named::<MemoryMode>(&["map", "copy", "uffd"]))]
     memory_mode: MemoryMode,
 
     /// Clocks of the guest: advance by the time since the snapshot, or freeze

@@ -57,6 +57,8 @@ pub(crate) enum Message {
     /// Devices have put something into the inbox.
     Reported,
     VcpuEnded(u8, VcpuEnd),
+    /// Memory of the snapshot cannot be had, for this reason.
+    MemoryLost(String),
     /// The thread of this name died of a panic.
     ThreadPanicked(String),
 }
@@ -148,6 +150,7 @@ impl Control {
                 Ok(Message::Captured(base)) => self.captured(base),
                 Ok(Message::Reported) => self.reported(),
                 Ok(Message::VcpuEnded(id, end)) => self.vcpu_ended(id, end),
+                Ok(Message::MemoryLost(reason)) => self.stop(StopReason::Failed(reason)),
                 Ok(Message::ThreadPanicked(name)) => {
                     self.stop(StopReason::Failed(format!("a bug: the thread {name} panicked")));
                 }

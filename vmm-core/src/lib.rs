@@ -29,6 +29,7 @@ mod news;
 mod runner;
 mod spans;
 mod state;
+mod uffd;
 mod vcpu;
 mod vm;
 mod window;

@@ -26,6 +26,7 @@ use crate::snapshot::memory_file::Pages;
 use crate::snapshot::state_file::{SectionError, Sections};
 use crate::snapshot::{Base, ClockMode, GenerationId};
 use crate::spans;
+use crate::uffd::Faults;
 use crate::vcpu::{Buses, VcpuEnd, VcpuThread, Watch};
 use crate::vm::VmError;
 use crate::x86_64::layout;
@@ -336,6 +337,9 @@ impl Machine {
     /// Lets a machine that comes from a snapshot go on for the first time.
     fn wake(&mut self) -> Result<(), HvError> {
         let Some(Asleep { clock, generation, note }) = self.asleep.take() else { return Ok(()) };
+        if let Some(faults) = self.ram.faults() {
+            faults.guest_runs();
+        }
         let slept = match self.clock_mode {
             ClockMode::Advance => now().saturating_sub(clock.realtime),
             ClockMode::Freeze => 0,
@@ -491,6 +495,12 @@ impl Drop for Machine {
         self.console_output.close();
         self.console_input.close();
         self.running.iter().for_each(VcpuThread::stop);
+        // They may wait for memory that does not come, and then get zeroes, with which devices should do little.
+        let faults = self.ram.faults();
+        if faults.is_some_and(Faults::is_lost) {
+            self.runners.iter().for_each(Runner::stop);
+        }
+        let _all_ended = faults.and_then(Faults::end);
         self.running.clear();
         self.units.clear();
         self.runners.clear();

@@ -4,6 +4,8 @@
 use std::fs::{self, File};
 use std::io;
 use std::num::NonZeroUsize;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use devices::GuestMemory;
@@ -19,6 +21,8 @@ use vm_memory::{
 };
 
 use crate::snapshot::memory_file::{MemoryImage, MemoryMode, PAGE, Pages};
+pub use crate::uffd::FaultsError;
+use crate::uffd::{Faults, Filler, Handler, TouchedFile};
 use crate::window::{MappedWindow, WindowError};
 use crate::x86_64::layout;
 
@@ -64,6 +68,8 @@ pub struct GuestRam {
     image: Option<Arc<MemoryImage>>,
     /// The file that it is in, if others may map that, too.
     shared: Option<Arc<File>>,
+    /// Who brings it in when it is asked for.
+    faults: Option<Faults>,
 }
 
 /// One contiguous piece of memory in the guest's address space.
@@ -110,6 +116,9 @@ pub enum RamError {
     /// A snapshot's memory could not be taken over.
     #[error("cannot read the snapshot's memory: {0}")]
     Image(io::Error),
+    /// A snapshot's memory cannot be brought in when it is asked for.
+    #[error(transparent)]
+    Faults(#[from] FaultsError),
     /// There is not as much memory as asked for.
     #[error(
         "cannot fill {mib} MiB of guest memory: {source}; give the guest less, or do not take it in advance"
@@ -155,7 +164,7 @@ impl GuestRam {
             Source::Shared(file) => Some(file),
             Source::Private(_) | Source::Zeroes => None,
         };
-        let mut ram = Self { memory, windows: Vec::new(), image: None, shared };
+        let mut ram = Self { memory, windows: Vec::new(), image: None, shared, faults: None };
         if let Some((image, _)) = &image {
             let is_mapped = mapped.is_some();
             ram.fill(image, is_mapped).map_err(RamError::Image)?;
@@ -183,6 +192,28 @@ impl GuestRam {
     /// What is below pages that were not written, if they are no zeroes.
     pub fn image(&self) -> Option<&MemoryImage> {
         self.image.as_deref()
+    }
+
+    /// Brings `image` into memory that nobody has touched, when it is asked for.
+    pub(crate) fn fill_on_demand(
+        &mut self,
+        image: Arc<MemoryImage>,
+        touched: Option<TouchedFile>,
+    ) -> Result<(), FaultsError> {
+        self.faults = Some(Faults::Filler(Filler::start(self, image, touched)?.into()));
+        Ok(())
+    }
+
+    /// Lets another process, which listens at `socket`, bring memory in that nobody has touched. It is made of pages of so
+    /// many bytes.
+    pub(crate) fn hand_faults_to(&mut self, socket: &Path, page: u64) -> Result<(), FaultsError> {
+        self.faults = Some(Faults::Handler(Handler::connect(self, page, socket)?.into()));
+        Ok(())
+    }
+
+    /// Who brings memory in when it is asked for.
+    pub(crate) fn faults(&self) -> Option<&Faults> {
+        self.faults.as_ref()
     }
 
     /// The file that it is in, if others may map that, too.
@@ -255,28 +286,64 @@ impl GuestRam {
         self.regions().chain(self.windows.iter().map(|window| window.region()))
     }
 
-    /// Bytes of the RAM that are in the host's memory.
+    /// Bytes of the RAM that are in the host's memory: of a snapshot's file what was touched, of shared memory also what
+    /// others have.
     pub fn resident(&self) -> u64 {
-        let mut pages = vec![0_u8; (RESIDENT_STEP / PAGE) as usize];
-        let mut resident = 0;
-        for region in self.regions() {
-            for at in (0..region.len).step_by(RESIDENT_STEP as usize) {
-                let len = (region.len - at).min(RESIDENT_STEP);
-                let start = (region.host_addr + at) as *mut libc::c_void;
-                // SAFETY: the range is a mapping of ours, and the vector has a byte for each of its pages.
-                if unsafe { libc::mincore(start, len as usize, pages.as_mut_ptr()) } == 0 {
-                    let there = pages[..(len / PAGE) as usize].iter().filter(|&&page| page & 1 != 0);
-                    resident += there.count() as u64 * PAGE;
-                }
+        let regions = self.regions().map(|region| match self.shared {
+            Some(_) => Ok(cached(region)),
+            None => {
+                let mut resident = 0;
+                page_table(region, |_, entry| resident += if entry & PRESENT != 0 { PAGE } else { 0 })
+                    .map(|()| resident)
             }
-        }
-        resident
+        });
+        regions.sum::<io::Result<u64>>().unwrap_or_else(|error| {
+            debug!(%error, "nobody knows what is resident");
+            0
+        })
     }
 
     /// Size of the RAM in bytes.
     pub fn size(&self) -> u64 {
         self.regions().map(|region| region.len).sum()
     }
+}
+
+/// Bytes of a region of shared memory that are in the host's memory.
+fn cached(region: RamRegion) -> u64 {
+    let mut pages = vec![0_u8; (RESIDENT_STEP / PAGE) as usize];
+    let mut cached = 0;
+    for at in (0..region.len).step_by(RESIDENT_STEP as usize) {
+        let len = (region.len - at).min(RESIDENT_STEP);
+        let start = (region.host_addr + at) as *mut libc::c_void;
+        // SAFETY: the range is a mapping of ours, and the vector has a byte for each of its pages.
+        if unsafe { libc::mincore(start, len as usize, pages.as_mut_ptr()) } == 0 {
+            cached += pages[..(len / PAGE) as usize].iter().filter(|&&page| page & 1 != 0).count() as u64;
+        }
+    }
+    cached * PAGE
+}
+
+/// Bits of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
+pub(crate) const PRESENT: u64 = 1 << 63;
+pub(crate) const SWAPPED: u64 = 1 << 62;
+pub(crate) const OF_FILE: u64 = 1 << 61;
+
+/// Calls `each` for each page of a region, with its place there and its entry in our page table.
+pub(crate) fn page_table(region: RamRegion, mut each: impl FnMut(u64, u64)) -> io::Result<()> {
+    let map = File::open("/proc/self/pagemap")?;
+    let mut entries = vec![0; 64 << 10];
+    let first = region.host_addr / PAGE * 8;
+    let end = first + region.len / PAGE * 8;
+    for at in (first..end).step_by(entries.len()) {
+        let len = (end - at).min(entries.len() as u64) as usize;
+        map.read_exact_at(&mut entries[..len], at)?;
+        for (i, entry) in entries[..len].chunks_exact(8).enumerate() {
+            let page = (at - first) / 8 + i as u64;
+            each(page * PAGE, entry.try_into().map_or(0, u64::from_ne_bytes));
+        }
+    }
+    Ok(())
 }
 
 /// The file that shared guest memory of `size` bytes is in. Its size is sealed: nobody who is given it can take

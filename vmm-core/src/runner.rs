@@ -278,6 +278,13 @@ impl Runner {
         Ok(Self { endpoint, stop, thread: Some(thread), tid, span })
     }
 
+    /// Tells the thread to end; dropping the runner waits for that.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Release);
+        // It fails only when the thread is gone.
+        _ = self.endpoint.kick();
+    }
+
     /// Time that the thread has run.
     pub fn cpu_time(&self) -> Duration {
         thread_time(self.tid)
@@ -322,9 +329,7 @@ impl Runner {
 
 impl Drop for Runner {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Release);
-        // It fails only when the thread is gone.
-        _ = self.endpoint.kick();
+        self.stop();
         if let Some(thread) = self.thread.take() {
             _ = thread.join();
         }

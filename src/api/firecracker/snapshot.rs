@@ -88,7 +88,7 @@ pub struct MemoryBackend {
 pub enum BackendType {
     /// A file, which is mapped.
     File,
-    /// A process that answers page faults; not there yet.
+    /// The unix socket of a process that answers page faults, which is sent a userfaultfd and where memory is.
     Uffd,
 }
 
@@ -136,10 +136,15 @@ pub fn load(control: &Control, request: Request<Json<SnapshotLoad>>) -> Done {
 impl SnapshotLoad {
     /// The machine that is to be, with this metadata, if there is some.
     fn machine(&self, metadata: Option<&MmdsContents>) -> Result<VmBuilder, Refusal> {
-        let memory = self.memory()?;
+        let (memory, handler) = self.memory()?;
         readable("The state file", &self.snapshot_path)?;
-        readable("The memory file", memory)?;
-        let mut snapshot = Snapshot::open_files(&self.snapshot_path, memory)?;
+        let mut snapshot = match handler {
+            true => Snapshot::open_state(&self.snapshot_path)?,
+            false => {
+                readable("The memory file", memory)?;
+                Snapshot::open_files(&self.snapshot_path, memory)?
+            }
+        };
         let mut config = snapshot.config().clone();
         config.track_dirty = self.track_dirty_pages || self.enable_diff_snapshots;
         if let Some(pages) = self.huge_pages {
@@ -151,7 +156,11 @@ impl SnapshotLoad {
         }
         snapshot.set_config(config)?;
         let clock = if self.clock_realtime { ClockMode::Advance } else { ClockMode::Freeze };
-        Ok(Vm::restore(snapshot).clock_mode(clock))
+        let builder = Vm::restore(snapshot).clock_mode(clock);
+        Ok(match handler {
+            true => builder.page_fault_handler(memory.into()),
+            false => builder,
+        })
     }
 
     fn change_devices(&self, config: &mut VmConfig, aliases: &Aliases) -> Done {
@@ -176,14 +185,13 @@ impl SnapshotLoad {
         Ok(())
     }
 
-    /// The memory's file.
-    fn memory(&self) -> Result<&Path, Refusal> {
+    /// The memory's file, or the socket of who has it.
+    fn memory(&self) -> Result<(&Path, bool), Refusal> {
         match (&self.mem_backend, &self.mem_file_path) {
-            (Some(MemoryBackend { backend_type: BackendType::Uffd, .. }), _) => {
-                Err("mem_backend of backend_type Uffd is not supported yet; use File.".into())
+            (Some(MemoryBackend { backend_type, backend_path }), None) => {
+                Ok((backend_path, *backend_type == BackendType::Uffd))
             }
-            (Some(MemoryBackend { backend_path, .. }), None) => Ok(backend_path),
-            (None, Some(path)) => Ok(path),
+            (None, Some(path)) => Ok((path, false)),
             (None, None) => Err("The memory is missing; give mem_backend or mem_file_path.".into()),
             (Some(_), Some(_)) => Err("Give either mem_backend or mem_file_path, not both.".into()),
         }

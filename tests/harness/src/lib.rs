@@ -24,6 +24,7 @@ pub mod lab;
 pub mod micro;
 pub mod net;
 pub mod packages;
+pub mod pager;
 pub mod process;
 pub mod report;
 pub mod schemathesis;

@@ -14,6 +14,7 @@ use tracing::Span;
 use crate::bus::Overlap;
 use crate::config::{ConfigError, VmConfig};
 use crate::console::{self, WhenFull};
+use crate::control::Message;
 use crate::event::Journal;
 use crate::exits::ExitLog;
 use crate::hypervisor::kvm::KvmHypervisor;
@@ -126,6 +127,7 @@ pub struct VmBuilder {
     name: String,
     snapshot: Option<Snapshot>,
     memory_mode: MemoryMode,
+    page_fault_handler: Option<PathBuf>,
     clock_mode: ClockMode,
     other_processor: bool,
     persona: Persona,
@@ -143,6 +145,7 @@ impl VmBuilder {
             name: "vm".into(),
             snapshot: None,
             memory_mode: MemoryMode::default(),
+            page_fault_handler: None,
             clock_mode: ClockMode::default(),
             other_processor: false,
             persona: Persona::default(),
@@ -163,6 +166,13 @@ impl VmBuilder {
     /// How a machine that comes from a snapshot gets its memory.
     pub fn memory_mode(mut self, mode: MemoryMode) -> Self {
         self.memory_mode = mode;
+        self
+    }
+
+    /// Another process brings the memory of a snapshot in, as Firecracker's handlers do: it listens at the unix socket
+    /// `socket`, and is sent a userfaultfd and where memory is. If it ends before the machine, the guest hangs.
+    pub fn page_fault_handler(mut self, socket: PathBuf) -> Self {
+        self.page_fault_handler = Some(socket);
         self
     }
 
@@ -269,8 +279,8 @@ impl VmBuilder {
         let config = self.config;
         let mut devices = open_devices(&config)?;
 
-        let image = self.snapshot.as_ref().map(|snapshot| (snapshot.image.clone(), self.memory_mode));
-        let mut ram = GuestRam::new(config.memory.0, config.backing(), image)?;
+        let handler = self.page_fault_handler.as_deref();
+        let mut ram = origin::memory(&config, self.snapshot.as_ref(), self.memory_mode, handler)?;
         place_windows(&mut ram, &config, &mut devices)?;
         if config.mem_prealloc {
             ram.populate()?;
@@ -331,6 +341,7 @@ impl VmBuilder {
         let tracking = parts.track(&config, &origin)?;
         let Parts { vm, ram, control, inbox, buses, journal, saved, span } = parts;
         let exits = (0..config.cpus).map(|_| Arc::new(ExitLog::new(self.trace_exits))).collect();
+        watch_memory(&ram, &control)?;
         let machine = Machine {
             idle,
             running: Vec::new(),
@@ -357,4 +368,15 @@ impl VmBuilder {
         };
         Vm::run((config, self.aliases), machine, console, inbox, messages).map_err(BuildError::Thread)
     }
+}
+
+/// Ends the machine when its memory cannot be had any more; fails if that is so already.
+fn watch_memory(ram: &GuestRam, control: &mpsc::Sender<Message>) -> Result<(), RamError> {
+    let Some(faults) = ram.faults() else { return Ok(()) };
+    let control = control.clone();
+    let tell = move |reason| {
+        // It fails only when the machine has ended.
+        _ = control.send(Message::MemoryLost(reason));
+    };
+    Ok(faults.watch(Box::new(tell))?)
 }

@@ -1,5 +1,7 @@
 //! What a machine begins with: a kernel, or a snapshot. The only place where boot and restore differ.
 
+use std::path::Path;
+
 use devices::model::VirtioDevice;
 use kvm_bindings::CpuId;
 
@@ -8,8 +10,9 @@ use crate::config::{ConfigError, VmConfig};
 use crate::hypervisor::saved::VcpuState;
 use crate::hypervisor::{HvError, Hypervisor};
 use crate::machine::{MachineState, PciAccess};
-use crate::memory::GuestRam;
+use crate::memory::{GuestRam, HUGE_PAGE, HugePages, RamError};
 use crate::snapshot::Snapshot;
+use crate::snapshot::memory_file::{MemoryMode, PAGE};
 use crate::snapshot::state_file::Sections;
 use crate::x86_64::kernel::{self, Kernel};
 use crate::x86_64::{MmioSlot, Slots, cpuid, features, layout};
@@ -66,6 +69,31 @@ impl Origin {
             Self::Boot(boot) => boot.pci,
             Self::Snapshot(_, state) => state.pci,
         }
+    }
+}
+
+/// The RAM of a machine, with what it begins with: zeroes, or the memory of a snapshot.
+pub(super) fn memory(
+    config: &VmConfig,
+    snapshot: Option<&Snapshot>,
+    mode: MemoryMode,
+    handler: Option<&Path>,
+) -> Result<GuestRam, RamError> {
+    let (size, backing) = (config.memory.0, config.backing());
+    let reserved = backing.huge_pages == HugePages::Reserved;
+    let image = snapshot.and_then(|snapshot| snapshot.image.clone());
+    match (image, handler) {
+        (_, Some(socket)) => {
+            let mut ram = GuestRam::new(size, backing, None)?;
+            ram.hand_faults_to(socket, if reserved { HUGE_PAGE } else { PAGE })?;
+            Ok(ram)
+        }
+        (Some(image), None) if mode == MemoryMode::Uffd && !backing.shared && !reserved => {
+            let mut ram = GuestRam::new(size, backing, None)?;
+            ram.fill_on_demand(image, snapshot.and_then(Snapshot::touched))?;
+            Ok(ram)
+        }
+        (image, None) => GuestRam::new(size, backing, image.map(|image| (image, mode))),
     }
 }
 

@@ -325,7 +325,7 @@ impl Parts {
         self.vm.log_dirty_pages(true)?;
         let base = match origin {
             Origin::Boot(_) => None,
-            Origin::Snapshot(snapshot, _) => Some(snapshot.as_base()),
+            Origin::Snapshot(snapshot, _) => snapshot.as_base(),
         };
         Ok(Some(Tracking { base, pending: Pages::none(config.memory.0) }))
     }

@@ -30,6 +30,9 @@ pub enum MemoryMode {
     Map,
     /// All of it is read before the guest runs.
     Copy,
+    /// A thread of ours reads what the guest asks for, and then the rest. What the guest touches first is kept beside the
+    /// snapshot, and comes first for the next one. Shared memory and reserved huge pages are copied.
+    Uffd,
 }
 
 /// Offset and length of a run of bytes.
@@ -232,7 +235,7 @@ impl MemoryImage {
     }
 
     /// Pages that may be other than zero.
-    pub(super) fn data(&self) -> io::Result<Pages> {
+    pub(crate) fn data(&self) -> io::Result<Pages> {
         let mut pages = Pages::none(self.bytes);
         for (start, end) in data_ranges(&self.base, self.bytes)? {
             pages.add_range(start, end - start);
@@ -259,6 +262,20 @@ impl MemoryImage {
             }
             false => read_into(file, at, host, bytes),
         })
+    }
+
+    /// Reads what is at `offset`.
+    pub fn read(&self, offset: u64, to: &mut [u8]) -> io::Result<()> {
+        self.base.read_exact_at(to, offset)?;
+        let end = offset + to.len() as u64;
+        for (file, runs) in &self.over {
+            let first = runs.partition_point(|&(start, bytes)| start + bytes <= offset);
+            for &(start, bytes) in runs[first..].iter().take_while(|(start, _)| *start < end) {
+                let (from, till) = (start.max(offset), (start + bytes).min(end));
+                file.read_exact_at(&mut to[(from - offset) as usize..(till - offset) as usize], from)?;
+            }
+        }
+        Ok(())
     }
 
     /// Reads everything into a region of zeroes that begins at `offset`.

@@ -14,7 +14,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
 use super::memory_file::{MAX_WRITE, PAGE, Pages, Run, data_ranges};
-use crate::memory::{GuestRam, RamRegion};
+use crate::memory::{GuestRam, OF_FILE, PRESENT, SWAPPED, page_table};
 
 /// What was written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -175,17 +175,16 @@ impl Piece {
     }
 }
 
-/// Bits of an entry of /proc/PID/pagemap (Documentation/admin-guide/mm/pagemap.rst).
-const PRESENT: u64 = 1 << 63;
-const SWAPPED: u64 = 1 << 62;
-const OF_FILE: u64 = 1 << 61;
-
 /// Pages of the memory that may be other than zero: those that were touched, and those of the file below.
 pub fn touched(ram: &GuestRam) -> io::Result<Pages> {
     let mut pages = match ram.image() {
         Some(image) => image.data()?,
         None => Pages::none(ram.size()),
     };
+    // Before the page table is looked at, into which they go.
+    if let Some(pending) = ram.faults().map(|faults| faults.pending(ram.size())) {
+        pages.add_all(&pending);
+    }
     // Others may have touched them, of which our page table does not know.
     if let Some(file) = ram.shared_file() {
         for (start, end) in data_ranges(file, ram.size())? {
@@ -195,29 +194,15 @@ pub fn touched(ram: &GuestRam) -> io::Result<Pages> {
     }
     let mut start = 0;
     for region in ram.regions() {
-        add_touched(region, start, ram.image().is_some(), &mut pages)?;
+        let maps_file = ram.image().is_some();
+        page_table(region, |offset, entry| {
+            if entry & (PRESENT | SWAPPED) != 0 && (entry & OF_FILE == 0 || !maps_file) {
+                pages.add(start + offset);
+            }
+        })?;
         start += region.len;
     }
     Ok(pages)
-}
-
-/// Adds the pages of a region, which begins at `start` of the memory, that are our own: not those of a file that it maps.
-fn add_touched(region: RamRegion, start: u64, maps_file: bool, pages: &mut Pages) -> io::Result<()> {
-    let map = File::open("/proc/self/pagemap")?;
-    let mut entries = vec![0; 64 << 10];
-    let first = region.host_addr / PAGE * 8;
-    let end = first + region.len / PAGE * 8;
-    for at in (first..end).step_by(entries.len()) {
-        let len = (end - at).min(entries.len() as u64) as usize;
-        map.read_exact_at(&mut entries[..len], at)?;
-        for (i, entry) in entries[..len].chunks_exact(8).enumerate() {
-            let entry = entry.try_into().map_or(0, u64::from_ne_bytes);
-            if entry & (PRESENT | SWAPPED) != 0 && (entry & OF_FILE == 0 || !maps_file) {
-                pages.add(start + ((at - first) / 8 + i as u64) * PAGE);
-            }
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

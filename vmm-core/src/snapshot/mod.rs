@@ -27,6 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::{ConfigError, VmConfig};
 use crate::hypervisor::saved::VcpuState;
+use crate::uffd::TouchedFile;
 use crate::x86_64::{Slots, features};
 pub(crate) use clone::GenerationId;
 pub use clone::{Hostname, MachineId, Persona, Unlike};
@@ -210,7 +211,8 @@ pub struct Snapshot {
     pub(crate) place: Place,
     pub(crate) manifest: Manifest,
     pub(crate) sections: Sections,
-    pub(crate) image: Arc<MemoryImage>,
+    /// `None` if somebody else has it.
+    pub(crate) image: Option<Arc<MemoryImage>>,
     /// What the machine is to be now.
     pub(crate) config: VmConfig,
 }
@@ -248,8 +250,17 @@ impl Snapshot {
         Self::with_memory(place, manifest, sections.unwrap_or_default())
     }
 
+    /// As [`Self::open_files`] for a machine whose memory somebody else brings in:
+    /// [`crate::VmBuilder::page_fault_handler`].
+    pub fn open_state(state: &Path) -> Result<Self, SnapshotFailed> {
+        let place = Place::Files { state: state.into(), memory: PathBuf::new() };
+        let (manifest, sections) = read_manifest(&place)?;
+        let config = disks::config(&place, &manifest)?;
+        Ok(Self { place, manifest, sections: sections.unwrap_or_default(), image: None, config })
+    }
+
     fn with_memory(place: Place, manifest: Manifest, sections: Sections) -> Result<Self, SnapshotFailed> {
-        let image = Arc::new(open_memory(&place, &manifest)?);
+        let image = Some(Arc::new(open_memory(&place, &manifest)?));
         let config = disks::config(&place, &manifest)?;
         Ok(Self { place, manifest, sections, image, config })
     }
@@ -275,10 +286,19 @@ impl Snapshot {
         first.map_or_else(|_| Vec::new(), |vcpu| features::features(&vcpu.cpuid))
     }
 
-    /// This snapshot, for diffs of the machine that is restored from it.
-    pub(crate) fn as_base(&self) -> Base {
+    /// This snapshot, for diffs of the machine that is restored from it, unless its memory is somebody else's.
+    pub(crate) fn as_base(&self) -> Option<Base> {
+        self.image.as_ref()?;
         let place = self.place.absolute().unwrap_or_else(|_| self.place.clone());
-        Base { id: self.manifest.id.clone(), place }
+        Some(Base { id: self.manifest.id.clone(), place })
+    }
+
+    /// Where it is kept what of its memory was touched first; of a snapshot in two files nowhere.
+    pub(crate) fn touched(&self) -> Option<TouchedFile> {
+        match &self.place {
+            Place::Dir(dir) => TouchedFile::in_dir(dir, &self.manifest.id),
+            Place::Files { .. } => None,
+        }
     }
 
     /// Restores the machine with another configuration: what it is to the guest must stay, and what it is on the host may

@@ -246,7 +246,7 @@ fn what_is_opened_is_one_snapshot_while_others_take_its_place() {
             match Snapshot::open(&place) {
                 Ok(snapshot) => {
                     let mut id = [0; 8];
-                    snapshot.image.base().read_exact_at(&mut id, 0).unwrap();
+                    snapshot.image.as_ref().unwrap().base().read_exact_at(&mut id, 0).unwrap();
                     assert_eq!(snapshot.manifest.id, u64::from_le_bytes(id).to_string());
                 }
                 Err(error) => assert!(matches!(error, SnapshotFailed::Replaced(_)), "{error}"),

@@ -42,6 +42,6 @@ pub fn run(runs: usize) -> Result<Table> {
         }
     }
     table.notes.push("a guest of 128 MiB has 32 MiB of random bytes in a tmpfs, one of 1 GiB has 256 MiB; it is asked once between a full snapshot and its diff".into());
-    table.notes.push("paused, of QEMU: the downtime that it reports, in whole ms; it writes most of the memory before, while the guest runs".into());
+    table.notes.push("paused, of QEMU: the downtime that it reports, in whole ms; both write most of the memory before, while the guest runs".into());
     Ok(table)
 }

@@ -1,0 +1,413 @@
+//! The thread that fills a restored guest's memory: what is asked for first, and then the rest.
+//!
+//! A page is pending until it was brought in or given back, and each is brought in once: whatever is missing and not
+//! pending is zero.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use devices::GuestMemory;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use tracing::{Span, debug};
+
+use super::sys::{Event, Userfault};
+use super::touched::{BLOCK, MAX_BLOCKS, TouchedFile};
+use super::{FaultsError, TellLoss, places, register};
+use crate::memory::{GuestRam, RamRegion};
+use crate::snapshot::memory_file::{MemoryImage, Pages, Run};
+
+/// What is brought in between two looks at who waits.
+const STEP: u64 = 4 * BLOCK;
+/// How long after somebody had to wait the rest stays where it is: there may be more to ask for.
+const QUIET: Duration = Duration::from_millis(1);
+/// How long what a guest touches first is recorded. The rest is not brought in meanwhile, so that all of it is seen.
+const RECORD: Duration = Duration::from_millis(500);
+/// How long memory that is lost keeps those waiting who ask for it, at most. The machine is ended before that.
+const LOST_WAIT: Duration = Duration::from_secs(5);
+
+/// The thread, seen from elsewhere. Dropping it ends the thread, and what is pending becomes zero.
+#[derive(Debug)]
+pub(crate) struct Filler {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Shared {
+    pending: Mutex<Pages>,
+    /// Signalled when one of the flags is set.
+    changed: OwnedFd,
+    stop: AtomicBool,
+    guest_runs: AtomicBool,
+    give_up: AtomicBool,
+    loss: Mutex<Loss>,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
+#[derive(Default)]
+struct Loss {
+    tell: Option<TellLoss>,
+    reason: Option<String>,
+}
+
+impl Shared {
+    fn pending(&self) -> MutexGuard<'_, Pages> {
+        self.pending.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn loss(&self) -> MutexGuard<'_, Loss> {
+        self.loss.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Nothing has changed since it was looked at.
+    fn clear(&self) {
+        // It fails only when that is so anyway.
+        _ = rustix::io::read(&self.changed, &mut [0_u8; 8]);
+    }
+
+    fn set(&self, flag: &AtomicBool) {
+        flag.store(true, Ordering::Release);
+        // It can only fail when the counter is full, and then the event is pending anyway.
+        _ = rustix::io::write(&self.changed, &1_u64.to_ne_bytes());
+    }
+}
+
+impl Filler {
+    /// Brings `image` into `ram`, which is empty. What the last guest touched first comes first; without that, what this one
+    /// touches is recorded in `touched`.
+    pub fn start(
+        ram: &GuestRam,
+        image: Arc<MemoryImage>,
+        touched: Option<TouchedFile>,
+    ) -> Result<Self, FaultsError> {
+        let pending = image.data().map_err(|error| FaultsError::Lost(error.to_string()))?;
+        let fault = register(ram)?;
+        let changed = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
+        let changed = changed.map_err(|error| FaultsError::Thread(error.into()))?;
+        let shared = Arc::new(Shared {
+            pending: Mutex::new(pending),
+            changed,
+            stop: AtomicBool::new(false),
+            guest_runs: AtomicBool::new(false),
+            give_up: AtomicBool::new(false),
+            loss: Mutex::default(),
+        });
+        let first = touched.as_ref().and_then(|touched| touched.read(ram.size()));
+        let worker = Worker {
+            fault,
+            regions: places(ram),
+            _memory: ram.memory().clone(),
+            image,
+            shared: shared.clone(),
+            recorder: touched.filter(|_| first.is_none()).map(|file| Recorder::new(file, ram.size())),
+            first: runs_of(&first.unwrap_or_default()),
+            next: 0,
+            waiting: Vec::new(),
+            buffer: Vec::new(),
+        };
+        let span = Span::current();
+        let run = move || span.in_scope(|| worker.run());
+        let thread = std::thread::Builder::new().name("memory".into()).spawn(run);
+        Ok(Self { shared, thread: Some(thread.map_err(FaultsError::Thread)?) })
+    }
+
+    /// Pages that are not there yet and are no zeroes.
+    pub fn pending(&self) -> Pages {
+        self.shared.pending().clone()
+    }
+
+    /// Whom to tell when memory cannot be read. Fails if that is so already.
+    pub fn watch(&self, tell: TellLoss) -> Result<(), FaultsError> {
+        let mut loss = self.shared.loss();
+        match &loss.reason {
+            Some(reason) => Err(FaultsError::Lost(reason.clone())),
+            None => {
+                loss.tell = Some(tell);
+                Ok(())
+            }
+        }
+    }
+
+    /// The guest runs from now on.
+    pub fn guest_runs(&self) {
+        self.shared.set(&self.shared.guest_runs);
+    }
+
+    /// Memory could not be read.
+    pub fn is_lost(&self) -> bool {
+        self.shared.loss().reason.is_some()
+    }
+
+    /// Nobody is to wait any more for memory that is lost.
+    pub fn give_up_lost(&self) {
+        self.shared.set(&self.shared.give_up);
+    }
+}
+
+impl Drop for Filler {
+    fn drop(&mut self) {
+        self.shared.set(&self.shared.stop);
+        if let Some(thread) = self.thread.take() {
+            _ = thread.join();
+        }
+    }
+}
+
+/// Runs of bytes that blocks are, in their order.
+fn runs_of(blocks: &[u32]) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    for start in blocks.iter().map(|&block| u64::from(block) * BLOCK) {
+        match runs.last_mut() {
+            Some((last, bytes)) if *last + *bytes == start && *bytes < STEP => *bytes += BLOCK,
+            _ => runs.push((start, BLOCK)),
+        }
+    }
+    // In their order, since the first are asked for first.
+    runs.reverse();
+    runs
+}
+
+/// Keeps which blocks are touched, in their order.
+struct Recorder {
+    file: TouchedFile,
+    blocks: Vec<u32>,
+    seen: Pages,
+    until: Option<Instant>,
+}
+
+impl Recorder {
+    fn new(file: TouchedFile, bytes: u64) -> Self {
+        Self { file, blocks: Vec::new(), seen: Pages::none(bytes), until: None }
+    }
+
+    fn note(&mut self, offset: u64) {
+        let start = offset / BLOCK * BLOCK;
+        if !self.seen.contains(start) && self.blocks.len() < MAX_BLOCKS {
+            self.seen.add(start);
+            self.blocks.push((start / BLOCK) as u32);
+        }
+    }
+}
+
+/// What the thread has.
+struct Worker {
+    fault: Userfault,
+    /// With their places in all of the memory.
+    regions: Vec<(u64, RamRegion)>,
+    /// Stays mapped as long as pages are put into it.
+    _memory: GuestMemory,
+    image: Arc<MemoryImage>,
+    shared: Arc<Shared>,
+    recorder: Option<Recorder>,
+    /// What is brought in first, the first one last.
+    first: Vec<Run>,
+    /// Up to where nothing is pending.
+    next: u64,
+    /// Addresses of pages for which somebody waits.
+    waiting: Vec<u64>,
+    buffer: Vec<u8>,
+}
+
+impl Worker {
+    fn run(mut self) {
+        let worked = catch_unwind(AssertUnwindSafe(|| self.work()));
+        self.finish_record();
+        match worked {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => self.lose(format!("cannot read the snapshot's memory: {error}")),
+            Err(_) => self.lose("a bug: the thread that brings memory in panicked".into()),
+        }
+        for &(_, region) in &self.regions {
+            if let Err(error) = self.fault.unregister(region) {
+                debug!(%error, "memory is still watched");
+            }
+        }
+    }
+
+    /// Works until everything is there, or nobody needs it any more.
+    fn work(&mut self) -> io::Result<()> {
+        loop {
+            let served = self.serve()?;
+            if self.shared.stop.load(Ordering::Acquire) {
+                return Ok(());
+            }
+            if served || !self.waiting.is_empty() {
+                self.wait(Some(QUIET))?;
+                continue;
+            }
+            match self.holds_back() {
+                Some(left) => self.wait(left)?,
+                None if !self.bring_more()? => return Ok(()),
+                None => {}
+            }
+        }
+    }
+
+    /// Answers all who wait now. Returns whether there were any.
+    fn serve(&mut self) -> io::Result<bool> {
+        let mut served = false;
+        loop {
+            let events = self.fault.events()?;
+            for event in &events {
+                match *event {
+                    Event::Fault(address) => self.waiting.push(address),
+                    Event::Removed(start, end) => self.remove(start, end),
+                }
+            }
+            for address in std::mem::take(&mut self.waiting) {
+                served = true;
+                if !self.answer(address)? {
+                    self.waiting.push(address);
+                }
+            }
+            if events.is_empty() {
+                return Ok(served);
+            }
+        }
+    }
+
+    /// Brings in the page at `address`, and those around it. Returns whether it is there.
+    fn answer(&mut self, address: u64) -> io::Result<bool> {
+        let Some((start, offset, end)) = self.place(address) else { return Ok(true) };
+        if let Some(recorder) = &mut self.recorder {
+            recorder.note(offset);
+        }
+        if !self.shared.pending().contains(offset) {
+            return self.fault.zero(address);
+        }
+        let block = offset / BLOCK * BLOCK;
+        self.bring(block.max(start), (block + BLOCK).min(end))?;
+        Ok(!self.shared.pending().contains(offset))
+    }
+
+    /// Where an address is in all of the memory, and from where to where its region goes.
+    fn place(&self, address: u64) -> Option<(u64, u64, u64)> {
+        self.regions.iter().find_map(|&(start, region)| {
+            let at = address.checked_sub(region.host_addr).filter(|&at| at < region.len)?;
+            Some((start, start + at, start + region.len))
+        })
+    }
+
+    /// Brings in what is pending from `start` to `end`, which lie in one region, as far as that is possible now.
+    fn bring(&mut self, start: u64, end: u64) -> io::Result<()> {
+        let Some(&(first, region)) =
+            self.regions.iter().find(|(first, region)| (*first..first + region.len).contains(&start))
+        else {
+            return Ok(());
+        };
+        let runs: Vec<Run> = self.shared.pending().runs(start, end).collect();
+        for (offset, bytes) in runs {
+            self.buffer.resize(bytes as usize, 0);
+            self.image.read(offset, &mut self.buffer)?;
+            let done = self.fault.copy(region.host_addr + (offset - first), &self.buffer)?;
+            self.shared.pending().remove_range(offset, done as u64);
+            if (done as u64) < bytes {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages were given back: they are zeroes.
+    fn remove(&mut self, start: u64, end: u64) {
+        for &(first, region) in &self.regions {
+            let from = start.max(region.host_addr);
+            let to = end.min(region.host_addr + region.len);
+            if from < to {
+                self.shared.pending().remove_range(first + (from - region.host_addr), to - from);
+            }
+        }
+    }
+
+    /// Whether what nobody has asked for waits, and how long: until the guest runs, and its first touches are recorded.
+    fn holds_back(&mut self) -> Option<Option<Duration>> {
+        let recorder = self.recorder.as_mut()?;
+        if !self.shared.guest_runs.load(Ordering::Acquire) {
+            return Some(None);
+        }
+        let until = *recorder.until.get_or_insert_with(|| Instant::now() + RECORD);
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            self.finish_record();
+            return None;
+        }
+        Some(Some(left))
+    }
+
+    /// Writes down what was touched, if it was recorded while the guest ran.
+    fn finish_record(&mut self) {
+        if let Some(Recorder { file, blocks, until: Some(_), .. }) = self.recorder.take() {
+            file.write(&blocks);
+        }
+    }
+
+    /// Brings in some of what nobody has asked for. Returns whether there may be more.
+    fn bring_more(&mut self) -> io::Result<bool> {
+        if let Some((start, bytes)) = self.first.pop() {
+            return self.bring_across(start, start + bytes).map(|()| true);
+        }
+        let memory = self.regions.last().map_or(0, |(start, region)| start + region.len);
+        let run = self.shared.pending().runs(self.next, memory).next();
+        let Some((start, bytes)) = run else { return Ok(false) };
+        self.next = start;
+        self.bring_across(start, start + bytes.min(STEP))?;
+        Ok(true)
+    }
+
+    /// As [`Self::bring`], but the range may lie in several regions.
+    fn bring_across(&mut self, start: u64, end: u64) -> io::Result<()> {
+        let pieces: Vec<_> = self
+            .regions
+            .iter()
+            .map(|&(first, region)| (start.max(first), end.min(first + region.len)))
+            .filter(|(start, end)| start < end)
+            .collect();
+        pieces.into_iter().try_for_each(|(start, end)| self.bring(start, end))
+    }
+
+    /// Waits for events and flags; without a time for as long as it takes.
+    fn wait(&self, time: Option<Duration>) -> io::Result<()> {
+        let time = time
+            .map(|time| Timespec { tv_sec: time.as_secs() as i64, tv_nsec: i64::from(time.subsec_nanos()) });
+        let mut fds =
+            [PollFd::new(&self.fault, PollFlags::IN), PollFd::new(&self.shared.changed, PollFlags::IN)];
+        match poll(&mut fds, time.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.shared.clear();
+        Ok(())
+    }
+
+    /// Memory cannot be had. Nobody gets it until the machine that needs it is told to end: zeroes would be a lie.
+    fn lose(&self, reason: String) {
+        let tell = {
+            let mut loss = self.shared.loss();
+            loss.reason = Some(reason.clone());
+            loss.tell.take()
+        };
+        let Some(tell) = tell else { return };
+        tell(reason);
+        let until = Instant::now() + LOST_WAIT;
+        let ended = || {
+            self.shared.stop.load(Ordering::Acquire)
+                || self.shared.give_up.load(Ordering::Acquire)
+                || Instant::now() >= until
+        };
+        while !ended() {
+            let left = until.saturating_duration_since(Instant::now());
+            let time = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) };
+            _ = poll(&mut [PollFd::new(&self.shared.changed, PollFlags::IN)], Some(&time));
+            self.shared.clear();
+        }
+    }
+}

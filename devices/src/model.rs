@@ -422,8 +422,8 @@ pub trait DeviceKind: Clone + fmt::Debug + PartialEq + Serialize + DeserializeOw
         None
     }
 
-    /// Writes down what the guest sees and what follows from names on the host, so that a machine which is restored with
-    /// other names has it as well.
+    /// Makes of it what a snapshot keeps: what the guest sees and what follows from names on the host is written down, so that
+    /// a machine which is restored with other names has it as well, and secrets are left out.
     fn pin(&mut self) {}
 
     /// Has the device begin with what [`VirtioDevice::save_storage`] wrote to the file `saved`, in this format. It never writes

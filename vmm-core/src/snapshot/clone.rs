@@ -267,6 +267,21 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_keeps_no_metadata() {
+        let net = |data: serde_json::Value| -> DeviceConfig {
+            let text =
+                serde_json::json!({"kind": "net", "fd": [7], "metadata": {"data": data, "version": "V2"}});
+            serde_json::from_value(text).unwrap()
+        };
+        let (mut saved, empty) =
+            (net(serde_json::json!({"password": "hunter2"})), net(serde_json::json!({})));
+        saved.pin();
+        assert_eq!(saved, empty);
+        let with = |device| VmConfig { devices: vec![device], ..VmConfig::default() };
+        assert_eq!(check(&with(empty), &with(net(serde_json::json!({"its": "own"})))), Ok(()));
+    }
+
+    #[test]
     fn names_and_ids_are_checked() {
         for name in ["a", "web-1.example", &"x".repeat(64)] {
             assert_eq!(name.parse::<Hostname>().unwrap().to_string(), name);

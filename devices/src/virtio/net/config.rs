@@ -256,6 +256,10 @@ impl DeviceKind for Config {
 
     fn pin(&mut self) {
         self.mac = DeviceKind::mac(self);
+        // Credentials, more often than not.
+        if let Some(metadata) = &mut self.metadata {
+            metadata.data.clear();
+        }
     }
 
     fn limits(&self) -> Vec<Limits> {

@@ -330,18 +330,18 @@ fn ps(state: &StateDir, format: Format) -> anyhow::Result<ExitStatus> {
     print(painted.collect::<String>().as_bytes())
 }
 
-fn print_json(value: &impl Serialize) -> anyhow::Result<ExitStatus> {
+pub(super) fn print_json(value: &impl Serialize) -> anyhow::Result<ExitStatus> {
     let mut json = serde_json::to_vec_pretty(value)?;
     json.push(b'\n');
     print(&json)
 }
 
-fn mib(bytes: u64) -> String {
+pub(super) fn mib(bytes: u64) -> String {
     format!("{:.1}M", bytes as f64 / f64::from(1 << 20))
 }
 
 /// Lines of left-aligned columns.
-fn columns<const N: usize>(table: &[[String; N]]) -> String {
+pub(super) fn columns<const N: usize>(table: &[[String; N]]) -> String {
     let widths: [usize; N] =
         std::array::from_fn(|i| table.iter().map(|row| row[i].chars().count()).max().unwrap_or(0));
     let line = |row: &[String; N]| {

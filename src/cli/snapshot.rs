@@ -1,4 +1,8 @@
-//! `vmm snapshot`: a machine with a name is saved to a directory, and what was saved is looked at.
+//! `vmm snapshot`: a machine with a name is saved to a directory, and what was saved is looked at, merged and packed.
+
+mod diff;
+mod inspect;
+mod pack;
 
 use std::path::{Path, PathBuf};
 
@@ -9,8 +13,8 @@ use clap_complete::ArgValueCandidates;
 use serde_json::json;
 use vmm_core::Snapshot;
 
-use super::machines::StateArgs;
-use super::{completion, print};
+use super::completion;
+use super::machines::{Format, StateArgs};
 use crate::exit::ExitStatus;
 use crate::machines::{Machine, client, find_alive};
 
@@ -40,15 +44,72 @@ pub struct SnapshotArgs {
     #[command(flatten)]
     state: StateArgs,
     #[command(subcommand)]
-    look: Option<LookCommand>,
+    saved: Option<SavedCommand>,
 }
 
+/// What can be done with snapshots that are there.
 #[derive(Subcommand, Clone, Debug)]
-enum LookCommand {
+enum SavedCommand {
     /// Explain a snapshot
+    #[command(
+        after_help = "Examples:\n  vmm snapshot inspect web.snapshot\n  vmm snapshot inspect web.snapshot --verify"
+    )]
     Inspect {
         /// Directory of the snapshot
         dir: PathBuf,
+        /// The form of what is printed
+        #[arg(long, value_enum, default_value = "table")]
+        format: Format,
+        /// Read all of it and of the snapshots that it is a difference to, look for its disks, and say all that is wrong
+        #[arg(long)]
+        verify: bool,
+    },
+    /// Tell what differs between two snapshots
+    #[command(after_help = "Examples:\n  vmm snapshot diff monday.snapshot tuesday.snapshot")]
+    Diff {
+        /// Directory of a snapshot
+        from: PathBuf,
+        /// Directory of another one
+        to: PathBuf,
+        /// The form of what is printed
+        #[arg(long, value_enum, default_value = "table")]
+        format: Format,
+    },
+    /// Make one full snapshot of a diff and what it is a difference to
+    ///
+    /// The new one has an id of its own. The old ones stay as they are: diffs that were made to them need them.
+    #[command(after_help = "Examples:\n  vmm snapshot merge tuesday.snapshot --to all.snapshot")]
+    Merge {
+        /// Directory of the snapshot
+        dir: PathBuf,
+        /// Directory of the new one
+        #[arg(long, value_name = "DIR")]
+        to: PathBuf,
+    },
+    /// Write a snapshot into one compressed file, for transport
+    ///
+    /// A diff is merged with what it is a difference to on the way; any other snapshot stays the same.
+    #[command(
+        after_help = "Examples:\n  vmm snapshot pack web.snapshot --to web.vmmsnap\n  vmm snapshot pack web.snapshot --to - | ssh host vmm snapshot unpack - --to web.snapshot"
+    )]
+    Pack {
+        /// Directory of the snapshot
+        dir: PathBuf,
+        /// The file, which must not be there yet; - is standard output
+        #[arg(long, value_name = "FILE")]
+        to: PathBuf,
+    },
+    /// Make a snapshot of a packed one
+    ///
+    /// Whoever made it chose which files of this host a machine that goes on from it opens: look at it with vmm snapshot
+    /// inspect before you restore what is not your own.
+    #[command(after_help = "Examples:\n  vmm snapshot unpack web.vmmsnap --to web.snapshot")]
+    Unpack {
+        /// The packed snapshot; - is standard input
+        file: PathBuf,
+        /// Directory of the snapshot
+        #[arg(long, value_name = "DIR")]
+        to: PathBuf,
     },
 }
 
@@ -56,12 +117,13 @@ const EXAMPLES: &str = "\
 Examples:
   vmm snapshot web --to web.snapshot
   vmm snapshot web --to web.snapshot --stop
-  vmm snapshot inspect web.snapshot";
+  vmm snapshot inspect web.snapshot
+  vmm snapshot pack web.snapshot --to web.vmmsnap";
 
 /// Runs the subcommand `snapshot`.
 pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitStatus> {
-    match (&args.look, &args.name, &args.to) {
-        (Some(LookCommand::Inspect { dir }), ..) => inspect(dir),
+    match (&args.saved, &args.name, &args.to) {
+        (Some(command), ..) => command.run(),
         (None, Some(name), Some(to)) => {
             let machine = find_alive(&args.state.open()?, name)?;
             save(&machine, to, if args.diff { "diff" } else { "full" }, !args.no_disks)?;
@@ -88,17 +150,22 @@ pub(super) fn save(machine: &Machine, to: &Path, kind: &str, disks: bool) -> any
     Ok(())
 }
 
-/// Tells what is in a snapshot.
-fn inspect(dir: &Path) -> anyhow::Result<ExitStatus> {
-    let snapshot = Snapshot::open(dir)?;
-    let sections = snapshot.sections().iter();
-    let sections: Vec<_> =
-        sections.map(|section| json!({ "name": section.name, "version": section.saved.version })).collect();
-    let mut text = serde_json::to_vec_pretty(&json!({
-        "manifest": snapshot.manifest(),
-        "state": sections,
-        "cpu_features": snapshot.cpu_features(),
-    }))?;
-    text.push(b'\n');
-    print(&text)
+impl SavedCommand {
+    fn run(&self) -> anyhow::Result<ExitStatus> {
+        match self {
+            Self::Inspect { dir, format, verify } => inspect::run(dir, *format, *verify),
+            Self::Diff { from, to, format } => diff::run(from, to, *format),
+            Self::Merge { dir, to } => {
+                let merged = Snapshot::open(dir)?.merge_to(to)?;
+                super::print(format!("{}\n", merged.id).as_bytes())
+            }
+            Self::Pack { dir, to } => pack::pack(dir, to),
+            Self::Unpack { file, to } => pack::unpack(file, to),
+        }
+    }
+}
+
+/// A text of a snapshot, which may come from anywhere, without what a terminal takes as a command.
+fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }

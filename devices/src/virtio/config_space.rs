@@ -21,6 +21,13 @@ pub struct ConfigState {
     generation: u32,
 }
 
+impl ConfigState {
+    /// What is in the space.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
 impl ConfigSpace {
     /// A space of these bytes that the driver may only read.
     pub fn read_only(bytes: &[u8]) -> Self {

@@ -109,6 +109,13 @@ impl State for DeviceState {
     const VERSION: u16 = 1;
 }
 
+impl DeviceState {
+    /// The bytes of the device's configuration space.
+    pub fn config(&self) -> &[u8] {
+        self.unit.config()
+    }
+}
+
 /// A device as every transport shows it.
 pub struct Core<S> {
     device_id: u32,

@@ -67,6 +67,11 @@ impl UnitState {
         self.queues.is_some()
     }
 
+    /// The bytes of the configuration space.
+    pub fn config(&self) -> &[u8] {
+        self.config.bytes()
+    }
+
     /// Whether the driver was told that it broke a queue.
     pub fn is_broken(&self) -> bool {
         self.broken

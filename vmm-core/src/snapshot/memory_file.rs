@@ -1,6 +1,8 @@
 //! The memory file: a guest's RAM as the host maps it, page for page, with holes for what is zero.
 #![allow(unsafe_code, reason = "a file is mapped over RAM, or read into it")]
 
+pub mod flat;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -158,6 +160,12 @@ pub enum MemoryFileError {
     /// Pages that are no pages of the memory.
     #[error("the snapshot's list of pages is damaged")]
     Pages,
+    /// What is in it is not what was written.
+    #[error("the memory file '{path}' has other contents than its snapshot says; it is damaged")]
+    Contents {
+        /// The file.
+        path: String,
+    },
 }
 
 /// Opens a memory file, which must have so many bytes.

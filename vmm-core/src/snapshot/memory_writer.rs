@@ -13,6 +13,7 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::io::Errno;
 
+use super::memory_file::flat::not_zero;
 use super::memory_file::{MAX_WRITE, PAGE, Pages, Run, data_ranges};
 use crate::memory::{GuestRam, OF_FILE, PRESENT, SWAPPED, page_table};
 
@@ -29,7 +30,7 @@ impl Written {
         self.runs.iter().map(|(_, bytes)| bytes).sum()
     }
 
-    /// CRC-32 of what was written, read from the file.
+    /// CRC-32 of the pages that are not zero, read from the file.
     pub fn crc32(&self, file: &File) -> io::Result<u32> {
         let mut hasher = crc32fast::Hasher::new();
         let mut buffer = vec![0; MAX_WRITE as usize];
@@ -37,7 +38,7 @@ impl Written {
             for at in (0..bytes).step_by(MAX_WRITE as usize) {
                 let part = &mut buffer[..(bytes - at).min(MAX_WRITE) as usize];
                 file.read_exact_at(part, offset + at)?;
-                hasher.update(part);
+                not_zero(part).for_each(|(from, to)| hasher.update(&part[from..to]));
             }
         }
         Ok(hasher.finalize())

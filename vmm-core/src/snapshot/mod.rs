@@ -7,12 +7,16 @@
 //! any other, and gives each part its state.
 
 mod clone;
+pub mod difference;
 mod disks;
 pub mod manifest;
 pub mod memory_file;
 pub(crate) mod memory_writer;
+mod merge;
+pub mod pack;
 mod place;
 pub mod state_file;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -32,9 +36,10 @@ use crate::x86_64::{Slots, features};
 pub(crate) use clone::GenerationId;
 pub use clone::{Hostname, MachineId, Persona, Unlike};
 pub(crate) use disks::{DiskTarget, SavedDisk};
-use manifest::{DevicePlace, Diff, Manifest, MemoryMap, MemoryRange};
+use manifest::{DevicePlace, Manifest, MemoryMap, MemoryRange};
 use memory_file::{MemoryFileError, MemoryImage, Pages, Run};
 use memory_writer::{MemoryWriter, Written};
+pub use merge::ChainLink;
 use place::Pin;
 pub(crate) use place::Place;
 use state_file::{SectionError, Sections};
@@ -155,6 +160,22 @@ pub enum SnapshotFailed {
     /// Diffs over diffs without end.
     #[error("the diff '{path}' lies over more than {MAX_CHAIN} others, or over itself; make a full snapshot", path = .0.display())]
     Chain(PathBuf),
+    /// A packed snapshot cannot be written.
+    #[error("cannot write the packed snapshot: {0}")]
+    Pack(String),
+    /// A packed snapshot is none, or was changed.
+    #[error("the packed snapshot is of no use: {0}")]
+    Unpack(String),
+    /// A disk is not what the guest knows.
+    #[error("{device} is on '{path}', which {problem}", path = path.display())]
+    OtherDisk {
+        /// The device's name.
+        device: String,
+        /// Its file.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        problem: String,
+    },
     /// Its configuration is not possible.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -186,7 +207,7 @@ pub enum SnapshotFailed {
 }
 
 impl SnapshotFailed {
-    fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Self {
+    fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Self + use<> {
         let path = path.to_owned();
         move |source| Self::Io { action, path: path.clone(), source }
     }
@@ -233,12 +254,7 @@ impl Snapshot {
 
     fn open_once(path: &Path) -> Result<Self, SnapshotFailed> {
         let (manifest, _) = read_manifest(&Place::Dir(path.into()))?;
-        let bytes = Place::read_state(path)?;
-        let wrong = |source| SnapshotFailed::State { path: path.into(), source };
-        if bytes.len() as u64 != manifest.state_bytes || crc32fast::hash(&bytes) != manifest.state_crc32 {
-            return Err(wrong(SectionError::Damaged));
-        }
-        let sections = Sections::from_bytes(&bytes).map_err(wrong)?;
+        let sections = read_sections(path, &manifest)?;
         Self::with_memory(Place::Dir(path.into()), manifest, sections)
     }
 
@@ -314,14 +330,19 @@ impl Snapshot {
 
 /// Reads and checks a manifest, and reads what is in the same file.
 fn read_manifest(place: &Place) -> Result<(Manifest, Option<Sections>), SnapshotFailed> {
-    let bad = |reason: String| SnapshotFailed::Manifest { path: place.path().into(), reason };
     let (bytes, sections) = place.read_manifest()?;
+    Ok((parse_manifest(place.path(), &bytes)?, sections))
+}
+
+/// Checks a manifest, which is or shall be at `path`.
+fn parse_manifest(path: &Path, bytes: &[u8]) -> Result<Manifest, SnapshotFailed> {
+    let bad = |reason: String| SnapshotFailed::Manifest { path: path.into(), reason };
     #[derive(serde::Deserialize)]
     struct Form {
         format: u32,
     }
     let Form { format } =
-        serde_json::from_slice(&bytes).map_err(|error| bad(format!("its manifest: {error}")))?;
+        serde_json::from_slice(bytes).map_err(|error| bad(format!("its manifest: {error}")))?;
     if format > manifest::FORMAT {
         let known = manifest::FORMAT;
         return Err(bad(format!(
@@ -329,7 +350,7 @@ fn read_manifest(place: &Place) -> Result<(Manifest, Option<Sections>), Snapshot
         )));
     }
     let manifest: Manifest =
-        serde_json::from_slice(&bytes).map_err(|error| bad(format!("its manifest: {error}")))?;
+        serde_json::from_slice(bytes).map_err(|error| bad(format!("its manifest: {error}")))?;
     let config = &manifest.config;
     config.validate().map_err(|error| bad(format!("its manifest: {error}")))?;
     let ranges = ranges(config.memory.0);
@@ -341,7 +362,7 @@ fn read_manifest(place: &Place) -> Result<(Manifest, Option<Sections>), Snapshot
             "its devices are not where this program puts them; use the program that made it".into()
         ));
     }
-    Ok((manifest, sections))
+    Ok(manifest)
 }
 
 /// Where RAM of so many bytes is in the guest's address space.
@@ -362,35 +383,83 @@ fn places(config: &VmConfig) -> Vec<DevicePlace> {
         .collect()
 }
 
+/// Reads and checks the state in the directory `dir`.
+fn read_sections(dir: &Path, manifest: &Manifest) -> Result<Sections, SnapshotFailed> {
+    check_sections(dir, manifest, &Place::read_state(dir)?)
+}
+
+/// Checks the bytes of a state file, which is or shall be in the directory `dir`.
+fn check_sections(dir: &Path, manifest: &Manifest, bytes: &[u8]) -> Result<Sections, SnapshotFailed> {
+    let wrong = |source| SnapshotFailed::State { path: dir.into(), source };
+    match bytes.len() as u64 == manifest.state_bytes && crc32fast::hash(bytes) == manifest.state_crc32 {
+        true => Sections::from_bytes(bytes).map_err(wrong),
+        false => Err(wrong(SectionError::Damaged)),
+    }
+}
+
+/// A snapshot in a chain.
+pub(crate) struct Link {
+    pub place: Place,
+    pub manifest: Manifest,
+    /// Somebody has put the diff's pages into all of the memory, of which nobody knows the checksum.
+    pub filled_up: bool,
+}
+
+impl Link {
+    /// The pages that count, unless all do.
+    pub fn pages(&self) -> Option<&[Run]> {
+        let diff = self.manifest.memory.diff.as_ref().filter(|_| !self.filled_up);
+        diff.map(|diff| &diff.pages[..])
+    }
+}
+
+/// The snapshot at `place`, and what it is a difference to, down to one with all of the memory.
+fn links(place: &Place, manifest: &Manifest) -> Result<Vec<Link>, SnapshotFailed> {
+    let bytes = manifest.memory.bytes;
+    let mut links: Vec<Link> = Vec::new();
+    let mut next = Some((place.clone(), manifest.clone()));
+    while let Some((place, manifest)) = next.take() {
+        let Some(diff) = &manifest.memory.diff else {
+            links.push(Link { place, manifest, filled_up: false });
+            break;
+        };
+        if links.len() == MAX_CHAIN {
+            return Err(SnapshotFailed::Chain(links.swap_remove(0).place.path().into()));
+        }
+        // Before the next one is read, so that no chain takes more memory than its longest list.
+        memory_file::check_pages(&diff.pages, bytes)?;
+        // Clients of Firecracker put the pages of a diff over its base by themselves.
+        let files = matches!(place, Place::Files { .. });
+        let filled_up = files && memory_file::has_more_than(&place.memory(), bytes, &diff.pages)?;
+        if !filled_up {
+            let parent = place.base_of(diff);
+            let (below, _) = read_manifest(&parent)?;
+            if below.id != diff.parent || below.memory.bytes != bytes {
+                return Err(SnapshotFailed::WrongBase {
+                    path: parent.path().into(),
+                    diff: place.path().into(),
+                });
+            }
+            next = Some((parent, below));
+        }
+        links.push(Link { place, manifest, filled_up });
+    }
+    Ok(links)
+}
+
 /// The memory of a snapshot, with what it is a difference to.
 fn open_memory(place: &Place, manifest: &Manifest) -> Result<MemoryImage, SnapshotFailed> {
     let bytes = manifest.memory.bytes;
-    let mut above: Vec<(Place, Diff)> = Vec::new();
-    let (mut place, mut diff) = (place.clone(), manifest.memory.diff.clone());
-    while let Some(this) = diff {
-        if above.len() == MAX_CHAIN {
-            return Err(SnapshotFailed::Chain(above.swap_remove(0).0.path().into()));
+    let mut image: Option<MemoryImage> = None;
+    for link in links(place, manifest)?.iter().rev() {
+        let file = link.place.memory();
+        match (&mut image, link.pages()) {
+            (Some(image), Some(pages)) => image.add_diff(&file, pages)?,
+            _ => image = Some(MemoryImage::open(&file, bytes)?),
         }
-        // Before the next one is read, so that no chain takes more memory than its longest list.
-        memory_file::check_pages(&this.pages, bytes)?;
-        // Clients of Firecracker put the pages of a diff over its base by themselves.
-        let files = matches!(place, Place::Files { .. });
-        if files && memory_file::has_more_than(&place.memory(), bytes, &this.pages)? {
-            break;
-        }
-        let parent = place.base_of(&this);
-        let (below, _) = read_manifest(&parent)?;
-        if below.id != this.parent || below.memory.bytes != bytes {
-            return Err(SnapshotFailed::WrongBase { path: parent.path().into(), diff: place.path().into() });
-        }
-        above.push((place, this));
-        (place, diff) = (parent, below.memory.diff);
     }
-    let mut image = MemoryImage::open(&place.memory(), bytes)?;
-    for (place, diff) in above.into_iter().rev() {
-        image.add_diff(&place.memory(), &diff.pages)?;
-    }
-    Ok(image)
+    // There is one link at least.
+    image.map_or_else(|| Ok(MemoryImage::open(&place.memory(), bytes)?), Ok)
 }
 
 /// The machine at one moment, on its way into a directory.
@@ -430,6 +499,11 @@ impl Draft {
         Ok(Self { place, draft, memory: memory.into(), _lock: lock })
     }
 
+    /// The file of the memory, to be filled by other means.
+    pub fn memory_file(&self) -> &File {
+        &self.memory
+    }
+
     /// Where the memory goes, of which there are so many bytes. The file of a diff says itself which pages it has: clients
     /// of Firecracker look for its holes.
     pub fn memory(&self, bytes: u64, kind: SnapshotKind) -> Result<MemoryWriter, SnapshotFailed> {
@@ -445,8 +519,7 @@ impl Draft {
         let state = sections.to_bytes().map_err(SnapshotFailed::Save)?;
         let memory = self.draft.memory();
         let crc32 = written.crc32(&self.memory).map_err(SnapshotFailed::io("read", &memory))?;
-        let id = random::<16>().map_err(SnapshotFailed::io("read", Path::new("/dev/urandom")))?;
-        let id: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+        let id = new_id()?;
         let made_at =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let bytes = config.memory.0;
@@ -470,16 +543,21 @@ impl Draft {
             state_bytes: state.len() as u64,
             state_crc32: crc32fast::hash(&state),
         };
-        let mut text = serde_json::to_vec_pretty(&manifest).map_err(|error| SnapshotFailed::Manifest {
+        let base = self.put(&manifest, sections, &state)?;
+        Ok((SnapshotReport { paused, memory_bytes: written.bytes(), id }, base))
+    }
+
+    /// Writes manifest and state, makes all of it last, and puts it in its place.
+    fn put(self, manifest: &Manifest, sections: Sections, state: &[u8]) -> Result<Base, SnapshotFailed> {
+        let mut text = serde_json::to_vec_pretty(manifest).map_err(|error| SnapshotFailed::Manifest {
             path: self.place.path().into(),
             reason: error.to_string(),
         })?;
         text.push(b'\n');
-        self.memory.sync_all().map_err(SnapshotFailed::io("write", &memory))?;
-        self.draft.write(sections, &state, text)?;
+        self.memory.sync_all().map_err(SnapshotFailed::io("write", &self.draft.memory()))?;
+        self.draft.write(sections, state, text)?;
         self.place.replace_with(&self.draft)?;
-        let base = Base { id: id.clone(), place: self.place.clone() };
-        Ok((SnapshotReport { paused, memory_bytes: written.bytes(), id }, base))
+        Ok(Base { id: manifest.id.clone(), place: self.place.clone() })
     }
 }
 
@@ -487,6 +565,12 @@ impl Drop for Draft {
     fn drop(&mut self) {
         self.draft.remove();
     }
+}
+
+/// An id that no other snapshot has.
+fn new_id() -> Result<String, SnapshotFailed> {
+    let id = random::<16>().map_err(SnapshotFailed::io("read", Path::new("/dev/urandom")))?;
+    Ok(id.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 /// Bytes of the host's random number generator.

@@ -22,7 +22,7 @@ pub(super) const MEMORY: &str = "memory";
 const SECTION: &str = "manifest";
 
 /// Most bytes of a manifest. That of a diff lists its pages.
-const MAX_MANIFEST: u64 = 64 << 20;
+pub(super) const MAX_MANIFEST: u64 = 64 << 20;
 
 /// Where a snapshot is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,7 +63,10 @@ impl Place {
     /// The text of the manifest, and the sections, if they are in the same file.
     pub fn read_manifest(&self) -> Result<(Vec<u8>, Option<Sections>), SnapshotFailed> {
         match self {
-            Self::Dir(dir) => Ok((read_at_most(&dir.join(MANIFEST), MAX_MANIFEST)?, None)),
+            Self::Dir(dir) => {
+                refuse_links(dir)?;
+                Ok((read_at_most(&dir.join(MANIFEST), MAX_MANIFEST)?, None))
+            }
             Self::Files { state, .. } => {
                 let bytes = read_at_most(state, MAX_MANIFEST + state_file::MAX_BYTES as u64)?;
                 let wrong = |source| SnapshotFailed::State { path: state.clone(), source };
@@ -341,6 +344,15 @@ fn lock(dir: &Path) -> io::Result<File> {
     let file = File::open(dir)?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)?;
     Ok(file)
+}
+
+/// Fails if a file of the directory is a link, which no snapshot has: it would be another file of this host.
+fn refuse_links(dir: &Path) -> Result<(), SnapshotFailed> {
+    let paths = [MANIFEST, STATE, MEMORY].map(|name| dir.join(name));
+    match paths.iter().find(|path| path.is_symlink()) {
+        Some(link) => Err(SnapshotFailed::io("read", link)(io::Error::other("it is a link, not a file"))),
+        None => Ok(()),
+    }
 }
 
 /// Opens a file of a snapshot to read it. A pipe, which would wait for a writer, is none.

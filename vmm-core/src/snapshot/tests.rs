@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 use super::place::{MANIFEST, MEMORY, STATE};
 use super::*;
 
-const BYTES: u64 = 128 << 20;
+pub(super) const BYTES: u64 = 128 << 20;
 
 /// A snapshot of a machine without devices, with no part in its state.
-fn make(dir: &Path) {
+pub(super) fn make(dir: &Path) {
     let state = Sections::default().to_bytes().unwrap();
     let config: VmConfig =
         serde_json::from_value(json!({ "kernel": "vmlinux", "memory": BYTES, "devices": [] })).unwrap();
@@ -36,7 +36,7 @@ fn make(dir: &Path) {
 }
 
 /// Changes the manifest in `dir`.
-fn edit(dir: &Path, change: impl FnOnce(&mut Value)) {
+pub(super) fn edit(dir: &Path, change: impl FnOnce(&mut Value)) {
     let file = dir.join(MANIFEST);
     let mut value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
     change(&mut value);
@@ -66,7 +66,11 @@ fn pipes_directories_links_and_nothing_in_place_of_files() {
         fs::create_dir(&file).unwrap();
         refused(&dir);
         fs::remove_dir(&file).unwrap();
-        for target in [name, "/dev/zero", "missing"] {
+        // The last one is a file that would do.
+        let other = dir.with_file_name("other");
+        make(&other);
+        let other = other.join(name);
+        for target in [Path::new(name), Path::new("/dev/zero"), Path::new("missing"), &other] {
             symlink(target, &file).unwrap();
             refused(&dir);
             fs::remove_file(&file).unwrap();

@@ -1,0 +1,269 @@
+//! A snapshot as one stream, for transport: a tar archive, compressed by zstd.
+//!
+//! The form is described in docs/snapshot-format.md. What is unpacked may come from anywhere: entries have their names and
+//! their order, nothing is larger than the manifest says, which comes first, and no manifest may name another snapshot.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use tar::{EntryType, Header};
+
+use super::manifest::Manifest;
+use super::memory_file::flat::{Flat, not_zero};
+use super::memory_file::{MemoryFileError, Run, check_pages};
+use super::place::{MANIFEST, MAX_MANIFEST, MEMORY, STATE};
+use super::state_file::{self, Sections};
+use super::{Draft, Place, Snapshot, SnapshotFailed, check_sections, parse_manifest};
+
+/// Which pages the entry of the memory has.
+const MAP: &str = "memory.map";
+/// What is copied at a time.
+const PIECE: u64 = 1 << 20;
+/// Most zeroes behind the last entry: more than any tar makes.
+const MAX_PADDING: usize = 1 << 20;
+/// Fast, and not much larger than the best.
+const LEVEL: i32 = 3;
+
+/// Is told how many bytes of memory are done, and how many there are in all.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+
+impl Snapshot {
+    /// Writes all of the snapshot, compressed, and of its memory what is not zero. One that is a difference to another is
+    /// merged on the way, as by [`Self::merge_to`]; any other stays the same, with its id. Returns the id.
+    pub fn pack(&self, to: impl Write, progress: Progress<'_>) -> Result<String, SnapshotFailed> {
+        self.check_memory()?;
+        let error = SnapshotFailed::io("read", &self.place.memory());
+        let flat = self.image.flat().map_err(&error)?;
+        let contents = flat.contents().map_err(&error)?;
+        let (manifest, state) = match self.manifest.memory.diff {
+            None => self.as_it_is()?,
+            Some(_) => self.alone(contents.crc32())?,
+        };
+        let mut memory = BufReader::with_capacity(
+            PIECE as usize,
+            Runs { flat: &flat, runs: &contents.runs, at: 0, done: 0, total: contents.bytes(), progress },
+        );
+        let write = || -> io::Result<()> {
+            let mut encoder = zstd::Encoder::new(to, LEVEL)?;
+            encoder.include_checksum(true)?;
+            let mut archive = tar::Builder::new(encoder);
+            let texts = [
+                (MANIFEST, serde_json::to_vec_pretty(&manifest)?),
+                (STATE, state),
+                (MAP, serde_json::to_vec(&contents.runs)?),
+            ];
+            for (name, bytes) in &texts {
+                archive.append(&header(name, bytes.len() as u64, &manifest)?, &bytes[..])?;
+            }
+            archive.append(&header(MEMORY, contents.bytes(), &manifest)?, &mut memory)?;
+            archive.into_inner()?.finish()?.flush()
+        };
+        write().map_err(|error| SnapshotFailed::Pack(error.to_string()))?;
+        Ok(manifest.id)
+    }
+
+    /// Makes a snapshot in the directory `dir` of what [`Self::pack`] has written. After an error there is what was there
+    /// before. Returns its id.
+    ///
+    /// Whoever made it says in its configuration which files of this host a restored machine opens: look at
+    /// [`Self::config`] before a snapshot is restored that is not your own.
+    pub fn unpack(from: impl Read, dir: &Path, progress: Progress<'_>) -> Result<String, SnapshotFailed> {
+        let decoder = zstd::Decoder::new(from).map_err(unreadable)?.single_frame();
+        let mut archive = tar::Archive::new(decoder);
+        let unpacked = {
+            // Raw: no name is longer than its header, and no header is about another.
+            let mut entries = archive.entries().map_err(unreadable)?.raw(true);
+            let mut next = |name| next(&mut entries, name);
+            let manifest = parse_manifest(dir, &next(MANIFEST)?.all(MAX_MANIFEST)?)?;
+            if manifest.memory.diff.is_some() {
+                return Err(damaged("its manifest is that of a difference to another snapshot"));
+            }
+            let state = next(STATE)?.exactly(manifest.state_bytes.min(state_file::MAX_BYTES as u64))?;
+            let sections = check_sections(dir, &manifest, &state)?;
+            let runs: Vec<Run> = serde_json::from_slice(&next(MAP)?.all(MAX_MANIFEST)?)
+                .map_err(|error| damaged(&format!("{MAP}: {error}")))?;
+            check_pages(&runs, manifest.memory.bytes)?;
+            let unpacked =
+                Unpacked { draft: Draft::begin(&Place::Dir(dir.into()))?, manifest, sections, state };
+            unpacked.memory(next(MEMORY)?, &runs, progress)?;
+            if entries.next().is_some() {
+                return Err(damaged("it has more than a snapshot"));
+            }
+            unpacked
+        };
+        let mut decoder = archive.into_inner();
+        // To its very end, where zstd's checksum is.
+        padding(&mut decoder)?;
+        if !decoder.finish().fill_buf().map_err(unreadable)?.is_empty() {
+            return Err(damaged("something follows its end"));
+        }
+        unpacked.put()
+    }
+
+    /// Manifest and state file of this snapshot, of which nothing changes.
+    fn as_it_is(&self) -> Result<(Manifest, Vec<u8>), SnapshotFailed> {
+        let state = match &self.place {
+            Place::Dir(dir) => Place::read_state(dir)?,
+            Place::Files { .. } => return self.alone(self.manifest.memory.crc32),
+        };
+        Ok((self.manifest.clone(), state))
+    }
+}
+
+/// The header of an entry.
+fn header(name: &str, bytes: u64, manifest: &Manifest) -> io::Result<Header> {
+    let mut header = Header::new_gnu();
+    header.set_path(name)?;
+    header.set_entry_type(EntryType::Regular);
+    header.set_size(bytes);
+    header.set_mode(0o600);
+    header.set_mtime(manifest.made_at);
+    header.set_cksum();
+    Ok(header)
+}
+
+/// Reads runs of a memory, one behind the other.
+struct Runs<'a, 'b> {
+    flat: &'a Flat<'a>,
+    runs: &'a [Run],
+    /// How far the first of them is read.
+    at: u64,
+    done: u64,
+    total: u64,
+    progress: Progress<'b>,
+}
+
+impl Read for Runs<'_, '_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let Some(&(offset, bytes)) = self.runs.first() else { return Ok(0) };
+        let len = (bytes - self.at).min(buffer.len() as u64);
+        self.flat.read_at(offset + self.at, &mut buffer[..len as usize])?;
+        self.at += len;
+        if self.at == bytes {
+            (self.runs, self.at) = (&self.runs[1..], 0);
+        }
+        self.done += len;
+        (self.progress)(self.done, self.total);
+        Ok(len as usize)
+    }
+}
+
+/// A file in an archive.
+struct Packed<R> {
+    name: &'static str,
+    bytes: u64,
+    data: R,
+}
+
+/// The next file, which must have this name.
+fn next<'a, R: Read + 'a>(
+    entries: &mut tar::Entries<'a, R>,
+    name: &'static str,
+) -> Result<Packed<tar::Entry<'a, R>>, SnapshotFailed> {
+    let entry = entries.next().ok_or_else(|| damaged(&format!("it ends before '{name}'")))?;
+    let data = entry.map_err(unreadable)?;
+    let header = data.header();
+    if header.entry_type() != EntryType::Regular || *header.path_bytes() != *name.as_bytes() {
+        return Err(damaged(&format!("it has something else where '{name}' should be")));
+    }
+    Ok(Packed { name, bytes: data.size(), data })
+}
+
+impl<R: Read> Packed<R> {
+    /// All of it, which is at most so much.
+    fn all(self, most: u64) -> Result<Vec<u8>, SnapshotFailed> {
+        match self.bytes > most {
+            true => Err(damaged(&format!("'{}' is too large", self.name))),
+            false => {
+                let bytes = self.bytes;
+                self.exactly(bytes)
+            }
+        }
+    }
+
+    /// All of it, which is so much.
+    fn exactly(mut self, bytes: u64) -> Result<Vec<u8>, SnapshotFailed> {
+        self.has(bytes)?;
+        let mut read = Vec::new();
+        self.data.read_to_end(&mut read).map_err(unreadable)?;
+        match read.len() as u64 == bytes {
+            true => Ok(read),
+            false => Err(damaged(&format!("it ends within '{}'", self.name))),
+        }
+    }
+
+    fn has(&self, bytes: u64) -> Result<(), SnapshotFailed> {
+        match self.bytes == bytes {
+            true => Ok(()),
+            false => Err(damaged(&format!("'{}' has not the size that it should have", self.name))),
+        }
+    }
+}
+
+/// A snapshot on its way out of an archive.
+struct Unpacked {
+    draft: Draft,
+    manifest: Manifest,
+    sections: Sections,
+    state: Vec<u8>,
+}
+
+impl Unpacked {
+    /// Writes the memory: what is zero stays a hole.
+    fn memory(
+        &self,
+        mut packed: Packed<impl Read>,
+        runs: &[Run],
+        progress: Progress<'_>,
+    ) -> Result<(), SnapshotFailed> {
+        let total = runs.iter().map(|(_, bytes)| bytes).sum();
+        packed.has(total)?;
+        let file = self.draft.memory_file();
+        let error = SnapshotFailed::io("write", Path::new(MEMORY));
+        file.set_len(self.manifest.memory.bytes).map_err(&error)?;
+        let (mut hasher, mut done) = (crc32fast::Hasher::new(), 0);
+        let mut buffer = vec![0; PIECE as usize];
+        for &(offset, bytes) in runs {
+            for at in (0..bytes).step_by(PIECE as usize) {
+                let piece = &mut buffer[..(bytes - at).min(PIECE) as usize];
+                packed.data.read_exact(piece).map_err(unreadable)?;
+                for (from, to) in not_zero(piece) {
+                    hasher.update(&piece[from..to]);
+                    file.write_all_at(&piece[from..to], offset + at + from as u64).map_err(&error)?;
+                }
+                done += piece.len() as u64;
+                progress(done, total);
+            }
+        }
+        match hasher.finalize() == self.manifest.memory.crc32 {
+            true => Ok(()),
+            false => Err(MemoryFileError::Contents { path: MEMORY.into() }.into()),
+        }
+    }
+
+    fn put(self) -> Result<String, SnapshotFailed> {
+        Ok(self.draft.put(&self.manifest, self.sections, &self.state)?.id)
+    }
+}
+
+/// Reads what is behind the last entry: zeroes.
+fn padding(from: &mut impl Read) -> Result<(), SnapshotFailed> {
+    let mut rest = Vec::new();
+    from.take(MAX_PADDING as u64 + 1).read_to_end(&mut rest).map_err(unreadable)?;
+    match rest.len() <= MAX_PADDING && rest.iter().all(|byte| *byte == 0) {
+        true => Ok(()),
+        false => Err(damaged("it has more than a snapshot")),
+    }
+}
+
+fn damaged(reason: &str) -> SnapshotFailed {
+    SnapshotFailed::Unpack(reason.into())
+}
+
+fn unreadable(error: io::Error) -> SnapshotFailed {
+    SnapshotFailed::Unpack(error.to_string())
+}
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@ use anyhow::anyhow;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use vmm_core::VmConfig;
+use vmm_core::config::CpuProfile;
 
 use crate::exit::UsageError;
 
@@ -45,6 +46,28 @@ pub fn load(path: &Path) -> anyhow::Result<ConfigFile> {
     let config = parse(json, &text).map_err(wrong)?;
     let presence: Presence = parse(json, &text).map_err(wrong)?;
     Ok(ConfigFile { config, lists_devices: presence.devices.is_some() })
+}
+
+/// Reads the value of `--cpu-profile`; an error is a sentence.
+pub fn cpu_profile(text: &str) -> Result<CpuProfile, String> {
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct List {
+        features: Vec<String>,
+    }
+
+    if let Some(profile) = CpuProfile::named(text) {
+        return Ok(profile);
+    }
+    let path = Path::new(text);
+    let list = read(path).map_err(|error| {
+        format!("it is neither host nor a level from v1 to v4, and no file that can be read: {error}")
+    })?;
+    let names = match list.trim_start().starts_with('[') {
+        true => parse(true, &list),
+        false => parse(is_json(path, &list), &list).map(|List { features }| features),
+    };
+    CpuProfile::of(names?)
 }
 
 fn read(path: &Path) -> std::io::Result<String> {

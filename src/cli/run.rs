@@ -10,7 +10,7 @@ use std::time::Instant;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use serde::de::DeserializeOwned;
-use vmm_core::config::{BootProtocol, SerialConfig, Transport};
+use vmm_core::config::{BootProtocol, CpuProfile, SerialConfig, Transport};
 use vmm_core::devices::size::ByteSize;
 use vmm_core::devices::virtio::block;
 use vmm_core::memory::HugePages;
@@ -83,6 +83,13 @@ pub struct RunArgs {
     /// Take all RAM from the host before the guest starts
     #[arg(long, help_heading = "Machine")]
     mem_prealloc: bool,
+
+    /// Features of the host's processor that the guest sees: host, a level from v1 to v4, or a file with a list [default: host]
+    ///
+    /// Snapshots of a guest go on wherever its features are. Levels are those of the x86-64 psABI; a file has names of
+    /// /proc/cpuinfo and of levels, as a JSON list, or in TOML as features = ["v2", "aes"].
+    #[arg(long, value_name = "PROFILE", help_heading = "Machine", value_parser = config_file::cpu_profile)]
+    cpu_profile: Option<CpuProfile>,
 
     /// Keep RAM in a memfd, mapped shared, as other processes of the host need it to have a part in it
     #[arg(long, help_heading = "Machine")]

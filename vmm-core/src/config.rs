@@ -4,12 +4,14 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use devices::params::is_default;
 use devices::registry::DeviceConfig;
 use devices::size::ByteSize;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 use crate::memory::{Backing, HUGE_PAGE, HugePages};
 pub use crate::x86_64::kernel::BootProtocol;
+pub use crate::x86_64::profile::CpuProfile;
 use crate::x86_64::{Slots, layout};
 
 /// RAM of a machine that does not say.
@@ -55,6 +57,9 @@ pub struct VmConfig {
     pub transport: Transport,
     /// Number of vCPUs, 1 to 32.
     pub cpus: u8,
+    /// Features of the host's processor that the guest sees.
+    #[serde(skip_serializing_if = "is_default")]
+    pub cpu_profile: CpuProfile,
     /// RAM, in whole pages of 4 KiB. What lies beyond the MMIO gap goes above 4 GiB.
     pub memory: ByteSize,
     /// Which pages of the host's the RAM is made of.
@@ -81,6 +86,7 @@ impl Default for VmConfig {
             boot_protocol: BootProtocol::default(),
             transport: Transport::default(),
             cpus: 1,
+            cpu_profile: CpuProfile::default(),
             memory: DEFAULT_MEMORY,
             hugepages: HugePages::default(),
             mem_prealloc: false,

@@ -41,6 +41,7 @@ pub fn merge(args: &RunArgs, file: ConfigFile) -> Result<VmConfig, UsageError> {
     replace(&mut config.cmdline, args.cmdline.clone().map(Some));
     replace(&mut config.append, args.append.clone().map(Some));
     replace(&mut config.cpus, args.cpus);
+    replace(&mut config.cpu_profile, args.cpu_profile.clone());
     replace(&mut config.memory, args.memory);
     replace(&mut config.hugepages, args.hugepages);
     config.mem_prealloc |= args.mem_prealloc;

@@ -98,7 +98,6 @@ fn facts(snapshot: &Snapshot, chain: &[ChainLink]) -> Vec<[String; 2]> {
         ("KERNEL", optional(&config.kernel)),
         ("INITRD", optional(&config.initrd)),
         ("CONSOLE", Some(config.serial.to_string())),
-        ("STATE FILE", Some(mib(manifest.state_bytes))),
     ];
     let rows = rows.into_iter().filter_map(|(name, value)| Some([name.to_owned(), plain(&value?)]));
     rows.collect()

@@ -96,6 +96,14 @@ pub enum BuildError {
         /// Names of the features.
         missing: String,
     },
+    /// The host lacks features of the machine's [`crate::config::CpuProfile`].
+    #[error(
+        "this host's processor lacks features of the machine's cpu profile: {missing}; choose a lower level, or another host"
+    )]
+    Profile {
+        /// Names of the features.
+        missing: String,
+    },
     /// The host has no random numbers.
     #[error("cannot read random numbers: {0}")]
     Random(io::Error),

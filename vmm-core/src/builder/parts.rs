@@ -336,7 +336,10 @@ impl Parts {
         config: &VmConfig,
         kernel: &Kernel,
     ) -> Result<Vec<Box<dyn Vcpu>>, BuildError> {
-        let supported = hypervisor.supported_cpuid()?;
+        let supported = config
+            .cpu_profile
+            .cut(&hypervisor.supported_cpuid()?)
+            .map_err(|missing| BuildError::Profile { missing: missing.join(", ") })?;
         (0..config.cpus)
             .map(|id| {
                 let mut vcpu = self.vm.create_vcpu(id)?;

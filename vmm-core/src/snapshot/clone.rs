@@ -140,12 +140,13 @@ pub enum Unlike {
 }
 
 /// What a guest knows of its machine.
-fn properties(config: &VmConfig) -> [(&'static str, String); 4] {
+fn properties(config: &VmConfig) -> [(&'static str, String); 5] {
     let devices = config.device_names().into_iter().zip(&config.devices);
     let devices: Vec<String> = devices.map(|(name, device)| format!("{name} ({})", device.kind())).collect();
     let devices = if devices.is_empty() { "none".into() } else { devices.join(", ") };
     [
         ("vCPUs:", config.cpus.to_string()),
+        ("the processor profile", config.cpu_profile.to_string()),
         ("memory:", config.memory.to_string()),
         ("the transport", format!("{:?}", config.transport).to_lowercase()),
         ("the devices", devices),
@@ -172,7 +173,7 @@ mod tests {
     use devices::size::ByteSize;
 
     use super::*;
-    use crate::config::Transport;
+    use crate::config::{CpuProfile, Transport};
 
     fn with(devices: &[(&str, &str)]) -> VmConfig {
         let device = |(kind, text): &(&str, &str)| {
@@ -194,6 +195,10 @@ mod tests {
             (
                 VmConfig { memory: ByteSize(1 << 30), ..parent.clone() },
                 "has memory: 256M, and cannot go on with 1G",
+            ),
+            (
+                VmConfig { cpu_profile: CpuProfile::named("v2").unwrap(), ..parent.clone() },
+                "has the processor profile host, and cannot go on with v2",
             ),
             (
                 VmConfig { transport: Transport::Pci, ..parent.clone() },

@@ -103,6 +103,31 @@ impl Word {
         })
     }
 
+    fn set(&self, leaves: &mut [kvm_cpuid_entry2], value: u32) {
+        let found = leaves.iter_mut().find(|leaf| leaf.function == self.leaf && leaf.index == self.subleaf);
+        if let Some(leaf) = found {
+            *match self.register {
+                Register::Eax => &mut leaf.eax,
+                Register::Ebx => &mut leaf.ebx,
+                Register::Ecx => &mut leaf.ecx,
+                Register::Edx => &mut leaf.edx,
+            } = value;
+        }
+    }
+
+    /// Bits that are no features of their own: what the guest changes, what the machine says of itself, and what AMD has in
+    /// two places.
+    fn others(&self) -> u32 {
+        match (self.leaf, self.register) {
+            (1, Register::Ecx) => 1 << 27 | 1 << 31,
+            (1, Register::Edx) => 1 << 9 | 1 << 28,
+            (7, Register::Ecx) => 1 << 4,
+            (0x8000_0001, Register::Ecx) => 1 << 1,
+            (0x8000_0001, Register::Edx) => 0x0183_f3ff,
+            _ => 0,
+        }
+    }
+
     /// Names of the bits that are set in `value`.
     fn names(&self, value: u32) -> impl Iterator<Item = &'static str> {
         let names = self.names.split_whitespace().enumerate();
@@ -118,6 +143,21 @@ pub fn features(leaves: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
 /// Features that a guest with the leaves `saved` sees, and would not see with `offered`.
 pub fn missing(saved: &[kvm_cpuid_entry2], offered: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
     WORDS.iter().flat_map(|word| word.names(word.value(saved) & !word.value(offered))).collect()
+}
+
+/// Whether there is a feature of this name.
+pub fn is_known(name: &str) -> bool {
+    name != "-" && WORDS.iter().any(|word| word.names.split_whitespace().any(|known| known == name))
+}
+
+/// Takes away all features but those that are allowed, also those without a name here.
+pub fn mask(leaves: &mut [kvm_cpuid_entry2], allowed: impl Fn(&str) -> bool) {
+    for word in WORDS {
+        let names = word.names.split_whitespace().enumerate();
+        let kept =
+            names.filter(|(_, name)| allowed(name)).fold(word.others(), |kept, (bit, _)| kept | 1 << bit);
+        word.set(leaves, word.value(leaves) & kept);
+    }
 }
 
 #[cfg(test)]

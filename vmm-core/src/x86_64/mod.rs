@@ -8,6 +8,7 @@ pub(crate) mod features;
 pub mod kernel;
 pub mod layout;
 pub(crate) mod mptable;
+pub(crate) mod profile;
 
 use devices::pci::root;
 use devices::virtio::{mmio, pci};

@@ -1,0 +1,38 @@
+//! What guests see of the processor, where the hardware lets a hypervisor decide it.
+
+use anyhow::{Context, Result};
+use harness::{Guest, Kernel};
+
+mod hardware {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// The flags of /proc/cpuinfo in a guest with this profile.
+    fn flags(profile: &str) -> Result<BTreeSet<String>> {
+        let guest = Guest::new().kernel(Kernel::Standard).arg("--cpu-profile").arg(profile);
+        let run = guest.shell("grep -m1 ^flags /proc/cpuinfo | sed 's/.*: /flags=/'").run()?;
+        let flags = run.ok()?.value_of("flags=").context("it has flags")?;
+        Ok(flags.split_whitespace().map(str::to_owned).collect())
+    }
+
+    #[test]
+    fn a_guest_sees_the_features_of_its_profile() -> Result<()> {
+        let (host, v3, v2) = (flags("host")?, flags("v3")?, flags("v2")?);
+        let has = |flags: &BTreeSet<String>, names: &str| names.split(' ').all(|name| flags.contains(name));
+        assert!(has(&host, "avx2 xsave sse4_2"), "{host:?}");
+        assert!(has(&v3, "avx avx2 bmi1 bmi2 fma movbe xsave sse4_2"), "{v3:?}");
+        assert!(has(&v2, "sse4_1 sse4_2 ssse3 popcnt cx16 lahf_lm sse2 nx lm"), "{v2:?}");
+        let never = "avx avx2 bmi1 bmi2 fma f16c movbe abm xsave avx512f pku aes sha_ni svm rdrand fsgsbase";
+        assert!(never.split(' ').all(|name| !v2.contains(name)), "{v2:?}");
+        assert!(!has(&v3, "svm") && !has(&v3, "pku") && !has(&v3, "avx512f"), "{v3:?}");
+        // What Linux derives from other leaves, or finds out by itself, is not ours to say.
+        assert!(
+            v2.is_subset(&host) && v3.is_subset(&host),
+            "{:?} {:?}",
+            v2.difference(&host),
+            v3.difference(&host)
+        );
+        Ok(())
+    }
+}

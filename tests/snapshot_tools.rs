@@ -64,7 +64,10 @@ fn wait_rounds(state: &Machines, name: &str, count: usize) -> Result<()> {
 fn chain(state: &Machines) -> Result<()> {
     // Not the command's own one, which is a file without a name.
     let root = format!("{},ro", harness::demo_image()?.display());
-    let mut run = state.command("run -q --detach --name web --track-dirty --memory 128M");
+    let mut data = vec![0; 1 << 20];
+    data[700_000..].fill(7);
+    fs::write(state.dir().join("data"), data)?;
+    let mut run = state.command("run -q --detach --name web --track-dirty --memory 128M --disk data");
     let output = run.args(["--rootfs", &root, "--", "sh", "-c", CHECK]).output()?;
     ensure!(output.status.success(), "{output:?}");
     for (to, more) in [("a", ""), ("b", "--diff"), ("c", "--diff"), ("d", "--diff")] {
@@ -107,6 +110,8 @@ fn a_chain_that_is_merged_packed_and_unpacked_goes_on_where_it_was() -> Result<(
     for dir in ["merged", "unpacked", "piped"] {
         ok(&state, &format!("inspect {dir} --verify"))?;
         assert_eq!(json_of(&state, &format!("diff d {dir}"))?, nothing, "{dir}");
+        let disk = |dir: &str| fs::read(state.dir().join(dir).join("disk1.raw"));
+        ensure!(disk(dir)? == disk("d")? && disk(dir)?[700_000] == 7, "{dir}: its disk");
         let memory = fs::metadata(state.dir().join(dir).join("memory"))?;
         ensure!(memory.blocks() * 512 < 100 << 20, "{dir} has no holes: {} blocks", memory.blocks());
         // All that is needed is in it.
@@ -153,7 +158,7 @@ fn all_that_is_wrong_is_said_and_nothing_half_made_stays() -> Result<()> {
     let state = machines()?;
     let disk = state.dir().join("disk");
     File::create(&disk)?.set_len(1 << 20)?;
-    state.ok("run --detach --name web IDLE --track-dirty --disk disk")?;
+    state.ok("run --detach --name web IDLE --track-dirty --disk disk,ro")?;
     state.ok("snapshot web --to base")?;
     state.ok("snapshot web --to top --diff")?;
     state.ok("kill web")?;

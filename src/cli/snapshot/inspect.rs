@@ -66,6 +66,14 @@ fn explain(snapshot: &Snapshot, chain: &[ChainLink]) -> String {
         let head = ["DEVICE", "KIND", "ADDRESS", "CONFIGURATION"].map(String::from);
         text += &format!("\n{}", columns(&[vec![head], devices].concat()));
     }
+    let disks = &snapshot.manifest().disks;
+    if !disks.is_empty() {
+        let head = ["DISK", "FILE", "FORMAT", "SIZE"].map(String::from);
+        let rows = disks
+            .iter()
+            .map(|disk| [plain(&disk.device), plain(&disk.file), plain(&disk.format), mib(disk.bytes)]);
+        text += &format!("\n{}", columns(&[head].into_iter().chain(rows).collect::<Vec<_>>()));
+    }
     if chain.len() > 1 {
         text += &format!("\n{}", columns(&links(chain)));
     }
@@ -105,7 +113,7 @@ fn facts(snapshot: &Snapshot, chain: &[ChainLink]) -> Vec<[String; 2]> {
 
 /// A row for each device.
 fn devices(snapshot: &Snapshot) -> Vec<[String; 4]> {
-    let configs = snapshot.manifest().devices.iter().zip(&snapshot.config().devices);
+    let configs = snapshot.manifest().devices.iter().zip(&snapshot.manifest().config.devices);
     configs
         .map(|(place, config)| {
             [plain(&place.name), place.kind.clone(), format!("{:#x}", place.address), keys(config)]

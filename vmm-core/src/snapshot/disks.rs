@@ -1,12 +1,12 @@
 //! What devices keep on the host, in a snapshot: a file each, beside the memory.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::Path;
 
 use devices::registry::DeviceConfig;
 
 use super::manifest::{DiskFile, Manifest};
-use super::place::{Place, open_file};
+use super::place::{Place, open_file, refuse_links};
 use super::{Draft, SnapshotFailed};
 use crate::config::VmConfig;
 use crate::machine::Machine;
@@ -81,6 +81,21 @@ impl Manifest {
     }
 }
 
+/// Checks the names of files that a manifest lists: each is one of its own in the directory.
+pub(super) fn check_names(manifest: &Manifest) -> Result<(), String> {
+    let names = manifest.files();
+    for (i, name) in names.iter().enumerate() {
+        // What lies elsewhere is no part of it.
+        if Path::new(name).file_name().is_none_or(|last| last != *name) {
+            return Err(format!("its disk '{name}' is no file in its directory"));
+        }
+        if names[..i].contains(name) {
+            return Err(format!("it has two files '{name}'"));
+        }
+    }
+    Ok(())
+}
+
 /// The machine of the manifest at `place`, as it is to be restored: its disks begin with what was saved.
 pub(super) fn config(place: &Place, manifest: &Manifest) -> Result<VmConfig, SnapshotFailed> {
     let mut config = manifest.config.clone();
@@ -91,6 +106,8 @@ pub(super) fn config(place: &Place, manifest: &Manifest) -> Result<VmConfig, Sna
     let Place::Dir(dir) = place.absolute()? else {
         return Err(bad("it is two files, and lists disks".into()));
     };
+    check_names(manifest).map_err(bad)?;
+    refuse_links(&dir, &manifest.files())?;
     let names = config.device_names();
     for (i, disk) in manifest.disks.iter().enumerate() {
         let DiskFile { device, file, format, bytes } = disk;
@@ -98,10 +115,6 @@ pub(super) fn config(place: &Place, manifest: &Manifest) -> Result<VmConfig, Sna
         let at = at.ok_or_else(|| bad(format!("it has a disk of '{device}', which its machine lacks")))?;
         if manifest.disks[..i].iter().any(|other| other.device == *device) {
             return Err(bad(format!("it has two disks of '{device}'")));
-        }
-        // What lies elsewhere is no part of it.
-        if PathBuf::from(file).file_name().is_none_or(|name| name != file.as_str()) {
-            return Err(bad(format!("its disk '{file}' is no file in its directory")));
         }
         let path = dir.join(file);
         let found =

@@ -1,13 +1,16 @@
 //! A chain of diffs becomes one full snapshot.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use devices::storage::copy;
 use serde::Serialize;
 
 use super::manifest::{Manifest, MemoryMap};
+use super::place::open_file;
 use super::{Draft, Place, Snapshot, SnapshotFailed, SnapshotReport, links, new_id};
 
 /// A snapshot that another one needs, or that other one itself.
@@ -51,6 +54,14 @@ impl Snapshot {
         let contents =
             flat.copy_to(draft.memory_file()).map_err(SnapshotFailed::io("write", &place.memory()))?;
         let (manifest, state) = self.alone(contents.crc32())?;
+        for disk in &self.manifest.disks {
+            let path = self.place.path().join(&disk.file);
+            let from = open_file(&path).map_err(SnapshotFailed::io("read", &path))?;
+            let (file, to) = draft.create_disk(&disk.file)?;
+            copy(from.as_fd(), &to)
+                .and_then(|()| file.sync_all())
+                .map_err(SnapshotFailed::io("copy", &path))?;
+        }
         let id = manifest.id.clone();
         draft.put(&manifest, self.sections.clone(), &state)?;
         Ok(SnapshotReport { paused: Duration::ZERO, memory_bytes: contents.bytes(), id })

@@ -499,6 +499,11 @@ impl Draft {
         Ok(Self { place, draft, memory: memory.into(), _lock: lock })
     }
 
+    /// Makes a file for a disk: to be kept, and to be written.
+    pub fn create_disk(&self, name: &str) -> Result<(File, File), SnapshotFailed> {
+        self.draft.create_disk(name)
+    }
+
     /// The file of the memory, to be filled by other means.
     pub fn memory_file(&self) -> &File {
         &self.memory

@@ -64,7 +64,7 @@ impl Place {
     pub fn read_manifest(&self) -> Result<(Vec<u8>, Option<Sections>), SnapshotFailed> {
         match self {
             Self::Dir(dir) => {
-                refuse_links(dir)?;
+                refuse_links(dir, &[MANIFEST, STATE, MEMORY])?;
                 Ok((read_at_most(&dir.join(MANIFEST), MAX_MANIFEST)?, None))
             }
             Self::Files { state, .. } => {
@@ -347,10 +347,9 @@ fn lock(dir: &Path) -> io::Result<File> {
 }
 
 /// Fails if a file of the directory is a link, which no snapshot has: it would be another file of this host.
-fn refuse_links(dir: &Path) -> Result<(), SnapshotFailed> {
-    let paths = [MANIFEST, STATE, MEMORY].map(|name| dir.join(name));
-    match paths.iter().find(|path| path.is_symlink()) {
-        Some(link) => Err(SnapshotFailed::io("read", link)(io::Error::other("it is a link, not a file"))),
+pub(super) fn refuse_links(dir: &Path, names: &[&str]) -> Result<(), SnapshotFailed> {
+    match names.iter().map(|name| dir.join(name)).find(|path| path.is_symlink()) {
+        Some(link) => Err(SnapshotFailed::io("read", &link)(io::Error::other("it is a link, not a file"))),
         None => Ok(()),
     }
 }

@@ -12,7 +12,7 @@ use rustix::fs::{OFlags, SeekFrom, seek};
 
 use super::memory_file::{MemoryFileError, flat};
 use super::state_file::Sections;
-use super::{Link, Place, Snapshot, SnapshotFailed, links, read_manifest, read_sections};
+use super::{Link, Place, Snapshot, SnapshotFailed, disks, links, read_manifest, read_sections};
 
 impl Snapshot {
     /// Reads all of the snapshot in `dir`, and of those that it is a difference to. Returns what is wrong: nothing, if it can be
@@ -29,9 +29,12 @@ impl Snapshot {
             Ok(links) => wrong.extend(links.iter().filter_map(|link| memory(link).err())),
             Err(error) => wrong.push(error),
         }
+        wrong.extend(disks::config(&place, &manifest).err());
         let names = manifest.config.device_names();
         let disks = manifest.config.devices.iter().zip(names).filter_map(|(config, name)| {
-            let (path, problem) = disk(config, &name, &sections)?;
+            // Those that were taken along were looked at.
+            let elsewhere = manifest.disks.iter().all(|disk| disk.device != name);
+            let (path, problem) = elsewhere.then(|| disk(config, &name, &sections))??;
             Some(SnapshotFailed::OtherDisk { device: name, path: path.into(), problem })
         });
         wrong.extend(disks);

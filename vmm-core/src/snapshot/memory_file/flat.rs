@@ -156,16 +156,30 @@ fn copy(from: &File, to: &File, offset: u64, pages: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// Runs of pages that are not zero, as start and end.
+/// Runs of pages that are not zero, as start and end. The last page may be shorter.
 pub(in crate::snapshot) fn not_zero(pages: &[u8]) -> impl Iterator<Item = (usize, usize)> + '_ {
     let page = PAGE as usize;
-    let zero = move |at: usize| is_zero(&pages[at..at + page]);
+    let zero = move |at: usize| is_zero(&pages[at..pages.len().min(at + page)]);
     let mut at = 0;
     std::iter::from_fn(move || {
         let first = (at..pages.len()).step_by(page).find(|&at| !zero(at))?;
         at = (first..pages.len()).step_by(page).find(|&at| zero(at)).unwrap_or(pages.len());
         Some((first, at))
     })
+}
+
+/// Pages of a file of so many bytes that are not zero, from the lowest up. The last one may be shorter.
+pub(in crate::snapshot) fn runs(file: &File, bytes: u64) -> io::Result<Vec<Run>> {
+    let mut contents = Contents::default();
+    let mut buffer = vec![0; MAX_WRITE as usize];
+    for (start, end) in data_ranges(file, bytes)? {
+        for at in (start..end.min(bytes)).step_by(MAX_WRITE as usize) {
+            let part = &mut buffer[..(end.min(bytes) - at).min(MAX_WRITE) as usize];
+            file.read_exact_at(part, at)?;
+            not_zero(part).for_each(|(from, to)| contents.add(at + from as u64, &part[from..to]));
+        }
+    }
+    Ok(contents.runs)
 }
 
 /// CRC-32 of the pages that are not zero in the memory file at `path`: of those that are listed, if there is a list.

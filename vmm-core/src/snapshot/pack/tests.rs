@@ -125,6 +125,85 @@ fn a_diff_is_merged_on_the_way() {
     assert!(wrong.len() == 1 && wrong[0].to_string().contains("base"), "{wrong:?}");
 }
 
+/// A snapshot with a disk, most of which is zero.
+fn with_disk(dir: &Path) -> Snapshot {
+    snapshot(dir, "00");
+    let disk = File::create(dir.join("disk0.raw")).unwrap();
+    disk.set_len(25_000).unwrap();
+    disk.write_all_at(&[5; 4096], 8192).unwrap();
+    disk.write_all_at(&[6; 424], 24_576).unwrap();
+    edit(dir, |m| {
+        m["config"]["devices"] = json!([{ "kind": "disk", "path": "/host/disk.img" }]);
+        m["devices"] = json!([{ "name": "disk0", "kind": "disk", "address": 0xd000_0000_u64 }]);
+        m["disks"] = json!([{ "device": "disk0", "file": "disk0.raw", "format": "raw", "bytes": 25_000 }]);
+    });
+    Snapshot::open(dir).unwrap()
+}
+
+#[test]
+fn disks_come_along() {
+    let top = tempfile::tempdir().unwrap();
+    let [from, to, merged] = ["from", "to", "merged"].map(|name| top.path().join(name));
+    let snapshot = with_disk(&from);
+    unpack(&pack(&snapshot), &to).unwrap();
+    snapshot.merge_to(&merged).unwrap();
+    for dir in [&to, &merged] {
+        assert!(fs::read(from.join("disk0.raw")).unwrap() == fs::read(dir.join("disk0.raw")).unwrap());
+        assert_eq!(fs::metadata(dir.join("disk0.raw")).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(Snapshot::verify(dir).len(), 0);
+    }
+    assert!(fs::metadata(to.join("disk0.raw")).unwrap().blocks() * 512 < 25_000, "holes stay");
+    fs::remove_file(to.join("disk0.raw")).unwrap();
+    std::os::unix::fs::symlink(from.join("disk0.raw"), to.join("disk0.raw")).unwrap();
+    assert!(Snapshot::open(&to).unwrap_err().to_string().contains("it is a link"));
+    fs::remove_file(to.join("disk0.raw")).unwrap();
+    assert_eq!(Snapshot::verify(&to).len(), 1);
+}
+
+#[test]
+fn disks_that_are_none_are_refused() {
+    let top = tempfile::tempdir().unwrap();
+    let good = entries(&with_disk(&top.path().join("from")));
+    let names: Vec<_> = good.iter().map(|entry| &entry.name[..]).collect();
+    assert_eq!(names, [MANIFEST, STATE, "memory.map", MEMORY, "disk0.raw.map", "disk0.raw"]);
+    let target = Target::new();
+    let manifest: Value = serde_json::from_slice(&good[0].bytes).unwrap();
+    for (key, value) in [
+        ("file", json!("../disk0.raw")),
+        ("file", json!("/tmp/disk0.raw")),
+        ("file", json!("memory")),
+        ("file", json!("manifest.json")),
+        ("file", json!("")),
+        ("file", json!("..")),
+        ("device", json!("disk1")),
+        ("format", json!("vhd")),
+        ("bytes", json!(24_999)),
+        ("bytes", json!(u64::MAX)),
+    ] {
+        let (mut changed, mut entries) = (manifest.clone(), good.clone());
+        changed["disks"][0][key] = value;
+        if key == "file" {
+            let name = changed["disks"][0][key].as_str().unwrap().to_owned();
+            entries[4].name = format!("{name}.map");
+            entries[5].name = name;
+        }
+        entries[0] = Entry::new(MANIFEST, serde_json::to_vec(&changed).unwrap());
+        target.refuses(&archive(&entries));
+    }
+    let mut twice = manifest.clone();
+    twice["disks"] = json!([manifest["disks"][0], manifest["disks"][0]]);
+    let mut entries = good.clone();
+    entries[0] = Entry::new(MANIFEST, serde_json::to_vec(&twice).unwrap());
+    entries.extend_from_slice(&good[4..]);
+    target.refuses(&archive(&entries));
+    target.refuses(&archive(&good[..4]));
+    for map in [json!([[8192, 4096], [24_576, 425]]), json!([[0, u64::MAX]]), json!([])] {
+        let mut entries = good.clone();
+        entries[4] = Entry::new("disk0.raw.map", serde_json::to_vec(&map).unwrap());
+        target.refuses(&archive(&entries));
+    }
+}
+
 #[test]
 fn every_cut_and_every_flipped_byte_leaves_nothing() {
     let top = tempfile::tempdir().unwrap();
@@ -199,7 +278,10 @@ fn archive(entries: &[Entry]) -> Vec<u8> {
 fn archives_of_anything_else_are_refused() {
     let top = tempfile::tempdir().unwrap();
     let good = entries(&snapshot(&top.path().join("from"), "00"));
-    assert_eq!(good.iter().map(|entry| &entry.name[..]).collect::<Vec<_>>(), [MANIFEST, STATE, MAP, MEMORY]);
+    assert_eq!(
+        good.iter().map(|entry| &entry.name[..]).collect::<Vec<_>>(),
+        [MANIFEST, STATE, "memory.map", MEMORY]
+    );
     let target = Target::new();
     unpack(&archive(&good), &target.dir).unwrap();
     fs::remove_dir_all(&target.dir).unwrap();

@@ -180,10 +180,11 @@ fn has_parts(value: &Cbor) -> bool {
 /// Pages of two memories that differ.
 fn memories(from: &Snapshot, to: &Snapshot) -> Result<MemoryChange, SnapshotFailed> {
     fn flat(snapshot: &Snapshot) -> Result<Flat<'_>, SnapshotFailed> {
-        snapshot.image.flat().map_err(SnapshotFailed::io("read", &snapshot.place.memory()))
+        snapshot.memory_image()?.flat().map_err(SnapshotFailed::io("read", &snapshot.place.memory()))
     }
-    let larger = if from.image.bytes() > to.image.bytes() { from } else { to };
-    let pages = pages(&flat(from)?, &flat(to)?, larger.image.bytes());
+    let bytes = |snapshot: &Snapshot| snapshot.manifest.memory.bytes;
+    let larger = if bytes(from) > bytes(to) { from } else { to };
+    let pages = pages(&flat(from)?, &flat(to)?, bytes(larger));
     let pages = pages.map_err(SnapshotFailed::io("read", &larger.place.memory()))?;
     let (mut ranges, mut start) = (Vec::new(), 0);
     for range in &larger.manifest.memory.ranges {

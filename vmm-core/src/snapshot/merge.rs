@@ -50,7 +50,7 @@ impl Snapshot {
         self.spare_chain(&place)?;
         self.check_memory()?;
         let draft = Draft::begin(&place)?;
-        let flat = self.image.flat().map_err(SnapshotFailed::io("read", &self.place.memory()))?;
+        let flat = self.memory_image()?.flat().map_err(SnapshotFailed::io("read", &self.place.memory()))?;
         let contents =
             flat.copy_to(draft.memory_file()).map_err(SnapshotFailed::io("write", &place.memory()))?;
         let (manifest, state) = self.alone(contents.crc32())?;

@@ -160,6 +160,9 @@ pub enum SnapshotFailed {
     /// Diffs over diffs without end.
     #[error("the diff '{path}' lies over more than {MAX_CHAIN} others, or over itself; make a full snapshot", path = .0.display())]
     Chain(PathBuf),
+    /// Another process has its memory.
+    #[error("the memory of '{path}' is another process's to give; open it with its memory file", path = .0.display())]
+    NoMemory(PathBuf),
     /// A packed snapshot cannot be written.
     #[error("cannot write the packed snapshot: {0}")]
     Pack(String),
@@ -294,6 +297,11 @@ impl Snapshot {
     /// The state of the machine's parts.
     pub fn sections(&self) -> &Sections {
         &self.sections
+    }
+
+    /// Its memory, to be looked at.
+    fn memory_image(&self) -> Result<&MemoryImage, SnapshotFailed> {
+        self.image.as_deref().ok_or_else(|| SnapshotFailed::NoMemory(self.place.path().into()))
     }
 
     /// Features of the processor that the guest has seen, by Linux's names.

@@ -33,7 +33,7 @@ impl Snapshot {
     pub fn pack(&self, to: impl Write, progress: Progress<'_>) -> Result<String, SnapshotFailed> {
         self.check_memory()?;
         let error = SnapshotFailed::io("read", &self.place.memory());
-        let flat = self.image.flat().map_err(&error)?;
+        let flat = self.memory_image()?.flat().map_err(&error)?;
         let contents = flat.contents().map_err(&error)?;
         let (manifest, state) = match self.manifest.memory.diff {
             None => self.as_it_is()?,

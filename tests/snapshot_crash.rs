@@ -154,7 +154,14 @@ fn whoever_is_killed_in_a_fork_the_others_go_on_and_nothing_is_left() -> Result<
         victim.into_iter().for_each(kill);
         ends(command)?;
         if victim != Some(parent) {
-            let row = machines.ps()?.into_iter().find(|row| row["name"] == "web").context("it is there")?;
+            // What was asked for by a command that was killed is done to its end.
+            let row = loop {
+                let row =
+                    machines.ps()?.into_iter().find(|row| row["name"] == "web").context("it is there")?;
+                if row["state"] != "saving" {
+                    break row;
+                }
+            };
             ensure!(row["state"] == "running", "round {round}: {row}");
             machines.ok("pause web")?;
             machines.ok("resume web")?;

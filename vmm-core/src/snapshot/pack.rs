@@ -143,13 +143,15 @@ fn map_of(name: &str) -> String {
     format!("{name}.map")
 }
 
+/// Reads what is at an offset.
+type ReadAt<'a> = dyn Fn(u64, &mut [u8]) -> io::Result<()> + 'a;
+
 /// A file of which only what is not zero is packed.
 struct Sparse<'a> {
     name: String,
     /// What is not zero.
     runs: Vec<Run>,
-    /// Reads what is at an offset.
-    read: Box<dyn Fn(u64, &mut [u8]) -> io::Result<()> + 'a>,
+    read: Box<ReadAt<'a>>,
 }
 
 impl Sparse<'_> {
@@ -174,7 +176,7 @@ impl Sparse<'_> {
 }
 
 struct Reader<'a> {
-    read: &'a dyn Fn(u64, &mut [u8]) -> io::Result<()>,
+    read: &'a ReadAt<'a>,
     runs: &'a [Run],
     /// How far the first of them is read.
     at: u64,

@@ -1,5 +1,6 @@
 //! Runs cargo-nextest, or cargo test where that is missing, shows what they print, and counts.
 
+use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -30,13 +31,21 @@ pub const TEST_TRANSPORT: &str = "VMM_TEST_TRANSPORT";
 /// Runs tests with the same environment.
 pub struct Runner {
     environment: Vec<(&'static str, String)>,
+    /// Tests that passed at their second try.
+    flaky: RefCell<Vec<String>>,
 }
 
 impl Runner {
     /// For this vmm binary, with the report of where tests ran going to that file.
     pub fn new(vmm: &Path, report: &Path) -> Self {
         let vmm = ("VMM_BIN", vmm.display().to_string());
-        Self { environment: vec![vmm, (report::VARIABLE, report.display().to_string())] }
+        let environment = vec![vmm, (report::VARIABLE, report.display().to_string())];
+        Self { environment, flaky: RefCell::default() }
+    }
+
+    /// Tests that passed, but only at their second try.
+    pub fn flaky(&self) -> Vec<String> {
+        self.flaky.borrow().clone()
     }
 
     /// Names the lab to tests.
@@ -87,7 +96,9 @@ impl Runner {
             let mut out = std::io::stdout().lock();
             out.write_all(&line)?;
             out.write_all(b"\n")?;
-            counts.add(count(&String::from_utf8_lossy(&line)).unwrap_or_default());
+            let line = String::from_utf8_lossy(&line);
+            counts.add(count(&line).unwrap_or_default());
+            self.flaky.borrow_mut().extend(flaky_line(&line));
         }
         let status = child.wait()?;
         if !status.success() && counts.failed == 0 {
@@ -105,6 +116,12 @@ fn nextest_line(line: &str) -> Option<Counts> {
     let run: usize = run.split([' ', '/']).next()?.parse().ok()?;
     let passed = results.split(", ").find_map(|part| part.split_once(" passed"))?.0.parse().ok()?;
     Some(Counts { passed, failed: run - passed })
+}
+
+/// `   FLAKY 2/2 [   0.960s] vmm::boot a_guest_boots`
+fn flaky_line(line: &str) -> Option<String> {
+    let (_, name) = line.trim_start().strip_prefix("FLAKY ")?.split_once("] ")?;
+    Some(name.trim().to_owned())
 }
 
 /// `test result: ok. 7 passed; 0 failed; 0 ignored; …`
@@ -126,6 +143,12 @@ mod tests {
         assert_eq!(nextest_line(line), Some(Counts { passed: 6, failed: 3 }));
         let line = "test result: FAILED. 7 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.96s";
         assert_eq!(libtest_line(line), Some(Counts { passed: 7, failed: 2 }));
+        assert_eq!(
+            nextest_line("     Summary [  10.960s] 9 tests run: 9 passed (1 slow, 2 flaky), 0 skipped"),
+            Some(Counts { passed: 9, failed: 0 })
+        );
+        let flaky = flaky_line("   FLAKY 2/2 [   1.012s] (2/9) vmm::boot a_guest_boots");
+        assert_eq!(flaky.as_deref(), Some("(2/9) vmm::boot a_guest_boots"));
         assert_eq!(nextest_line("        PASS [   0.009s] harness::lab two_clients_at_once"), None);
     }
 }

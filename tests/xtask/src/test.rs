@@ -74,6 +74,9 @@ impl Test {
         drop(lab);
         step("summary");
         println!("{}", places(report.path(), totals)?);
+        for name in runner.flaky() {
+            println!("passed only at its second try: {name}");
+        }
         println!("took {:.0} s", began.elapsed().as_secs_f32());
         println!("{} passed, {} failed", totals.passed, totals.failed);
         ensure!(totals.passed + totals.failed > 0, "no test ran");

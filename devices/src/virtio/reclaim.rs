@@ -4,7 +4,9 @@
 //! huge pages: they were set aside for this guest, and one that is given back may not be there when it is needed.
 #![allow(unsafe_code, reason = "memory is given back by address")]
 
+use std::fs;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
 use vm_memory::bitmap::Bitmap;
@@ -27,6 +29,38 @@ pub struct Reclaimed {
     pub bytes: u64,
     /// Bytes that are not guest memory.
     pub outside: u64,
+}
+
+/// Mappings that this process has for the zeroes of its guests: a guest decides how many there are.
+static MAPPINGS: Mappings = Mappings { made: AtomicU64::new(0), refused: AtomicU64::new(0) };
+
+/// Most of them: a process can have 65530 (vm.max_map_count), and needs some for itself.
+const MAX_MAPPINGS: u64 = 32 << 10;
+/// How many are refused before they are counted again: that takes a while.
+const RECOUNT: u64 = 4096;
+
+/// Counts mappings. One that is made splits another in two, but for those that it touches, which the kernel joins.
+struct Mappings {
+    /// As many as there can be, counting all that were made since the last count.
+    made: AtomicU64,
+    refused: AtomicU64,
+}
+
+impl Mappings {
+    /// Whether there may be one more.
+    fn has_room(&self) -> bool {
+        if self.made.fetch_add(2, Ordering::Relaxed) < MAX_MAPPINGS {
+            return true;
+        }
+        if !self.refused.fetch_add(1, Ordering::Relaxed).is_multiple_of(RECOUNT) {
+            return false;
+        }
+        // Zeroes that lie side by side are one mapping.
+        let count = fs::read("/proc/self/maps")
+            .map_or(MAX_MAPPINGS, |maps| maps.iter().filter(|&&byte| byte == b'\n').count() as u64);
+        self.made.store(count, Ordering::Relaxed);
+        count < MAX_MAPPINGS
+    }
 }
 
 /// Gives `len` bytes from the guest physical address `start` back.
@@ -77,9 +111,15 @@ fn discard(region: &Region, offset: MemoryRegionAddress, len: u64) -> io::Result
     unsafe {
         match (flags & libc::MAP_SHARED, flags & libc::MAP_ANONYMOUS) {
             // A private view of a file, below which are no zeroes.
-            (0, 0) => {
+            (0, 0) if MAPPINGS.has_room() => {
                 let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
                 mmap_anonymous(address, len, ProtFlags::READ | ProtFlags::WRITE, flags).map(drop)
+            }
+            // It turns into zeroes, and stays ours.
+            (0, 0) => {
+                std::ptr::write_bytes(address.cast::<u8>(), 0, len);
+                region.bitmap().mark_dirty(start as usize, len);
+                return Ok(0);
             }
             (0, _) => madvise(address, len, Advice::LinuxDontNeed),
             _ => madvise(address, len, Advice::LinuxRemove),
@@ -100,6 +140,31 @@ mod tests {
     use super::*;
 
     const SIZE: usize = 16 * PAGE as usize;
+
+    #[test]
+    fn a_guest_cannot_use_up_the_mappings_of_its_process() {
+        let size = 80_000 * PAGE as usize;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(size as u64).unwrap();
+        file.write_all_at(&[7; 4 * PAGE as usize], 79_000 * PAGE).unwrap();
+        let mapping = MmapRegionBuilder::new_with_bitmap(size, None)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .with_file_offset(FileOffset::new(file, 0))
+            .build()
+            .unwrap();
+        let region = Region::new(mapping, GuestAddress(0)).unwrap();
+        let mem = GuestMemory::from_regions(vec![region]).unwrap();
+        let pieces: u64 =
+            (0..80_000).step_by(2).map(|page| guest_range(&mem, page * PAGE, PAGE).unwrap().bytes).sum();
+        let maps = fs::read_to_string("/proc/self/maps").unwrap().lines().count() as u64;
+        assert!((MAX_MAPPINGS / 2..MAX_MAPPINGS + 1000).contains(&maps), "{maps}");
+        assert!(pieces >= MAX_MAPPINGS / 4 * PAGE, "{pieces}");
+        for (page, want) in [(0, 0), (79_000, 0), (79_001, 7), (79_002, 0)] {
+            let byte: u8 = mem.read_obj(GuestAddress(page * PAGE)).unwrap();
+            assert_eq!(byte, want, "page {page}");
+        }
+    }
 
     #[test]
     fn a_private_view_of_a_file_gives_memory_back_and_leaves_the_file() {

@@ -576,9 +576,9 @@ impl Vcpu for KvmVcpu {
             }
             (None, None) => self.set_msrs(&[(MSR_IA32_TSC, clock.tsc)])?,
         }
-        if clock.deadline != 0 {
-            self.set_msrs(&[(MSR_IA32_TSC_DEADLINE, clock.deadline)])?;
-        }
+        // Where there is none, the timer may just have gone off, which no state tells: rather an interrupt too many, for
+        // which a driver finds no reason, than one that never comes. Where its mode is another one, KVM ignores it.
+        self.set_msrs(&[(MSR_IA32_TSC_DEADLINE, clock.deadline.max(1))])?;
         // A guest without kvm-clock has nobody to tell.
         _ = self.fd.kvmclock_ctrl();
         Ok(())

@@ -544,6 +544,11 @@ impl<'a> VirtQueue<'a> {
         self.core.budget += 1;
     }
 
+    /// How many chains the driver has made available so far, modulo 65536.
+    pub fn offered(&self) -> u16 {
+        self.core.ring.avail_idx(self.mem, Ordering::Acquire).map_or(0, |index| index.0)
+    }
+
     /// Gives a chain back to the driver, with the number of bytes written to it from its start.
     ///
     /// More than the chain has room for is never reported. A head from before a reset is ignored.

@@ -73,6 +73,9 @@ pub struct Vsock {
     stalled: bool,
     /// The guest is to be told that all its connections are gone.
     tell_reset: bool,
+    /// It has been told, and its driver has not given the event's buffer back: who calls now would be taken for one of those.
+    /// How far the driver had offered buffers then, and when it has had time enough.
+    told_reset: Option<(u16, Instant)>,
     /// Somebody may want to connect.
     callers: bool,
     /// When to look for them again.
@@ -99,6 +102,7 @@ impl Vsock {
             resets: VecDeque::new(),
             stalled: false,
             tell_reset: false,
+            told_reset: None,
             callers: false,
             accept_at: None,
             next_port: FIRST_PORT,
@@ -147,7 +151,8 @@ impl Vsock {
     }
 
     fn set_timer(&mut self) {
-        self.poller.call_at(self.table.first_deadline().into_iter().chain(self.accept_at).min());
+        let told = self.told_reset.map(|(_, until)| until);
+        self.poller.call_at(self.table.first_deadline().into_iter().chain(self.accept_at).chain(told).min());
     }
 
     /// Takes one packet of the guest's; `data` is all that follows the header. An error is a packet that no driver
@@ -299,6 +304,12 @@ impl Vsock {
         }
     }
 
+    /// The driver has ended the connections that it had before: callers have waited for that.
+    fn welcome_callers(&mut self) {
+        self.told_reset = None;
+        self.poller.wake();
+    }
+
     /// Takes connections of host programs. True: there may be more.
     fn take_callers(&mut self) -> bool {
         for _ in 0..ACCEPTS_PER_CALL {
@@ -393,6 +404,9 @@ impl Vsock {
         if self.accept_at.is_some_and(|at| at <= now) {
             (self.accept_at, self.callers) = (None, true);
         }
+        if self.told_reset.is_some_and(|(_, until)| until <= now) {
+            self.told_reset = None;
+        }
         while let Some(slot) = self.table.next_due(now) {
             match self.table.get(slot).map(|connection| connection.phase()) {
                 Some(Phase::Calling) => self.try_call(slot),
@@ -451,12 +465,16 @@ impl Vsock {
     /// Looks after the buffers for events: they wait until there is one.
     fn events(&mut self, queues: &mut Queues<'_>) -> Progress {
         let mut queue = queues.get(EVENT);
+        if self.told_reset.is_some_and(|(offered, _)| offered != queue.offered()) {
+            self.welcome_callers();
+        }
         while let Some(mut chain) = queue.pop() {
             if !chain.readable.is_empty() || chain.writable.len() < TRANSPORT_RESET.len() {
                 queue.count_mistake();
                 queue.push(chain.head, 0);
             } else if std::mem::take(&mut self.tell_reset) {
                 let written = chain.writable.write(&TRANSPORT_RESET);
+                self.told_reset = Some((queue.offered(), Instant::now() + self.answer_time));
                 queue.push(chain.head, written as u32);
             } else {
                 queue.unpop(chain);
@@ -538,12 +556,12 @@ impl VirtioDevice for Vsock {
             }
         }
         self.deadlines();
-        if self.callers {
-            self.callers = self.take_callers();
-            more |= self.callers;
-        }
         if self.tell_reset {
             more |= self.events(queues) == Progress::More;
+        }
+        if self.callers && self.told_reset.is_none() {
+            self.callers = self.take_callers();
+            more |= self.callers;
         }
         if self.has_packets() {
             more |= self.deliver(queues) == Progress::More;
@@ -577,7 +595,7 @@ impl VirtioDevice for Vsock {
         self.table.clear();
         self.resets.clear();
         (self.stalled, self.callers) = (false, false);
-        self.accept_at = None;
+        (self.told_reset, self.accept_at) = (None, None);
     }
 }
 

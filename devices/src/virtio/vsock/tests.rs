@@ -549,6 +549,9 @@ fn connections_that_are_half_closed_or_wait_for_room_end_with_a_restore_and_new_
     guest.driver = guest.driver.restored(Box::new(device), &[], &saved).unwrap();
     let reply = guest.driver.request(EVENT, &[], &[4]);
     assert_eq!((reply.used, reply.data), (Some(4), vec![vec![0; 4]]), "the guest is told");
+    // Its driver gives the buffer back once it has heard.
+    guest.driver.post(EVENT, &[], &[4]);
+    guest.driver.kick(EVENT);
     for mut host in [first, second] {
         let mut rest = Vec::new();
         host.set_nonblocking(false).unwrap();
@@ -561,6 +564,36 @@ fn connections_that_are_half_closed_or_wait_for_room_end_with_a_restore_and_new_
     caller.write_all(b"CONNECT 4\n").unwrap();
     let (request, _) = guest.one();
     assert_eq!((request.op, request.dst_port), (Op::Request as u16, 4));
+}
+
+#[test]
+fn callers_wait_until_the_guest_has_ended_the_connections_of_the_machine_that_was_saved() {
+    let told = |answer_time: Duration| {
+        let mut guest = Guest::with(|vsock| (vsock.tell_reset, vsock.answer_time) = (true, answer_time));
+        // A driver has several; the device has but one thing to say.
+        guest.driver.post(EVENT, &[], &[4]);
+        guest.driver.post(EVENT, &[], &[4]);
+        guest.driver.kick(EVENT);
+        assert_eq!(guest.driver.used(EVENT).len(), 1);
+        guest
+    };
+    let mut guest = told(ANSWER_TIME);
+    let _caller = guest.connect("CONNECT 3\n");
+    assert_eq!(guest.ops(), [], "it would be ended with the others");
+    guest.driver.kick(EVENT);
+    assert_eq!(guest.ops(), [], "nothing was given back");
+    guest.driver.post(EVENT, &[], &[4]);
+    guest.driver.kick(EVENT);
+    assert_eq!(guest.one().0.dst_port, 3);
+    guest.called(4);
+
+    // A driver that keeps it has been told all the same.
+    let mut guest = told(Duration::from_millis(50));
+    let _caller = guest.connect("CONNECT 5\n");
+    assert_eq!(guest.wait().0.op, Op::Request as u16);
+    // One that has not been told yet, for want of a buffer, has none that it could confuse with those that come.
+    let mut guest = Guest::with(|vsock| vsock.tell_reset = true);
+    guest.called(6);
 }
 
 fn refusal(path: &Path) -> String {

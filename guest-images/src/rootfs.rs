@@ -43,6 +43,8 @@ const FILES: &[(&str, u32, &str)] = &[
     ("etc/passwd", 0o644, "root::0:0:root:/root:/bin/sh\nnobody:*:65534:65534:nobody:/:/bin/false\n"),
     ("etc/group", 0o644, "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n"),
     ("etc/hostname", 0o644, "vmm\n"),
+    // What a clone is given is bound over it where the root is read-only.
+    ("etc/machine-id", 0o444, ""),
     ("etc/hosts", 0o644, "127.0.0.1 localhost\n::1 localhost\n127.0.1.1 vmm\n"),
     ("etc/os-release", 0o644, "NAME=\"vmm demo guest\"\nID=vmm-demo\nPRETTY_NAME=\"vmm demo guest\"\n"),
     ("etc/nsswitch.conf", 0o644, "hosts: files dns\n"),

@@ -181,7 +181,7 @@ impl Control {
     fn ask_to_switch_off(&mut self, now: Instant) {
         let Some(machine) = &self.machine else { return };
         if *self.shared.lock() == VmState::Running {
-            machine.power_button.trigger();
+            machine.press_power_button();
         }
         self.press_at = Some(now + PRESS_INTERVAL);
     }
@@ -219,7 +219,7 @@ impl Control {
                     self.ask_to_switch_off(now);
                 }
             }
-            Command::PowerButton => machine.power_button.trigger(),
+            Command::PowerButton => machine.press_power_button(),
             Command::Update { name, patch } => {
                 let mut config = self.shared.config();
                 let names = config.device_names();

@@ -277,6 +277,9 @@ pub(crate) struct Asleep {
     /// The clocks of the snapshot.
     pub clock: ClockState,
     pub generation: GenerationId,
+    /// The guest takes the interrupt for a new one. A guest early in its boot has nothing yet that would, and dies of an
+    /// interrupt that it does not expect.
+    pub hears_generation: bool,
     pub note: Note,
 }
 
@@ -336,7 +339,9 @@ impl Machine {
 
     /// Lets a machine that comes from a snapshot go on for the first time.
     fn wake(&mut self) -> Result<(), HvError> {
-        let Some(Asleep { clock, generation, note }) = self.asleep.take() else { return Ok(()) };
+        let Some(Asleep { clock, generation, hears_generation, note }) = self.asleep.take() else {
+            return Ok(());
+        };
         if let Some(faults) = self.ram.faults() {
             faults.guest_runs();
         }
@@ -355,19 +360,28 @@ impl Machine {
             vcpu.set_clock(VcpuClock { tsc, deadline: saved.deadline, offset })?;
             first = first.or(saved.offset.zip(vcpu.clock()?.offset));
         }
-        self.tell_clone(&generation, note);
+        self.tell_clone(&generation, hears_generation, note);
         Ok(())
     }
 
     /// Tells the guest that it is not the one that was saved: its kernel by the generation id, and our own init by the power
     /// button, which that knows to be none. The interrupts are the first that the vCPUs take.
-    fn tell_clone(&self, generation: &GenerationId, note: Note) {
+    fn tell_clone(&self, generation: &GenerationId, hears_generation: bool, note: Note) {
         // Every machine has RAM there.
         _ = self.ram.memory().write_slice(generation, GuestAddress(layout::GENERATION_ID));
-        self.generation_changed.trigger();
+        // Its driver reads the id when it starts, too.
+        if hears_generation {
+            self.generation_changed.trigger();
+        }
         if self.boot_port.go_on(note) {
             self.power_button.trigger();
         }
+    }
+
+    /// Asks the guest to switch itself off.
+    pub fn press_power_button(&self) {
+        self.boot_port.press();
+        self.power_button.trigger();
     }
 
     /// The state of all parts. The machine is paused.

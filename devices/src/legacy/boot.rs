@@ -6,7 +6,7 @@
 //! | offset | read | write |
 //! |--------|------|-------|
 //! | 0 | how often the machine has gone on from a snapshot, modulo 255 | bit 0: user space runs; bit 1: the guest reads notes |
-//! | 1 | 0 | the exit status |
+//! | 1 | 1 once somebody has pressed the power button since the guest said that it reads notes, else 0 | the exit status |
 //! | 4 to 7 | the next bytes of the note, then zeros | anything: the note from its start, with the time of this moment |
 //!
 //! A port that nobody answers reads as 255, which is no count. The note is lines of `key=value`, each ended by a line
@@ -31,6 +31,8 @@ pub const PORTS: u16 = 8;
 const PROGRESS: u64 = 0;
 /// Offset of the port at which a guest reports an exit status.
 const EXIT_STATUS: u64 = 1;
+/// Offset of the port that tells whether a press of the power button was meant as one.
+const PRESSED: u64 = 1;
 /// Offset of the port with the note.
 const NOTE: u64 = 4;
 
@@ -61,6 +63,8 @@ struct Inner {
 struct BootState {
     generation: u8,
     reads_notes: bool,
+    #[serde(default)]
+    pressed: bool,
 }
 
 impl State for BootState {
@@ -94,6 +98,11 @@ impl BootPort {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// Somebody presses the power button, to end the machine.
+    pub fn press(&self) {
+        self.lock().saved.pressed = true;
+    }
+
     /// The machine goes on from a snapshot, with this for its guest to read. Returns whether the guest wants to be told by
     /// its power button.
     pub fn go_on(&self, note: Note) -> bool {
@@ -110,6 +119,7 @@ impl BusDevice for BootPort {
         let mut inner = self.lock();
         match offset {
             PROGRESS => answer(data, inner.saved.generation),
+            PRESSED => answer(data, inner.saved.pressed.into()),
             NOTE => {
                 let left = &inner.text[inner.read..];
                 let count = left.len().min(data.len());
@@ -124,7 +134,9 @@ impl BusDevice for BootPort {
         match (offset, byte(data)) {
             (PROGRESS, Some(bits)) if bits & !(USER_SPACE | READS_NOTES) == 0 => {
                 if bits & READS_NOTES != 0 {
-                    self.lock().saved.reads_notes = true;
+                    let saved = &mut self.lock().saved;
+                    // Nobody has taken earlier presses.
+                    (saved.reads_notes, saved.pressed) = (true, false);
                 }
                 if bits & USER_SPACE != 0 {
                     self.events.raise(MachineEvent::UserSpaceReached);
@@ -158,6 +170,8 @@ impl Snapshot for BootPort {
 
 #[cfg(test)]
 mod tests {
+    use ciborium::Value;
+
     use super::super::test_events::Raised;
     use super::*;
 
@@ -220,13 +234,35 @@ mod tests {
     }
 
     #[test]
+    fn a_press_that_announces_a_note_is_none_to_end_the_machine() {
+        let parent = BootPort::new(Raised::new());
+        parent.press();
+        assert_eq!(read(&parent, PRESSED), [1]);
+        parent.write(PROGRESS, &[USER_SPACE | READS_NOTES]);
+        assert_eq!(read(&parent, PRESSED), [0], "nobody was there");
+        let clone = BootPort::new(Raised::new());
+        clone.restore(&parent.save().unwrap()).unwrap();
+        assert!(clone.go_on(Note::default()));
+        assert_eq!(read(&clone, PRESSED), [0]);
+        clone.press();
+        let second = BootPort::new(Raised::new());
+        second.restore(&clone.save().unwrap()).unwrap();
+        second.go_on(Note::default());
+        assert_eq!(read(&second, PRESSED), [1], "it was saved while it was ending");
+        // Of a program that kept no account of presses.
+        let older = Value::Map(vec![("generation".into(), 1.into()), ("reads_notes".into(), true.into())]);
+        second.restore(&Saved { version: 1, value: older }).unwrap();
+        assert_eq!(read(&second, PRESSED), [0]);
+    }
+
+    #[test]
     fn the_generation_is_never_that_of_a_port_that_nobody_answers() {
         let port = BootPort::new(Raised::new());
         for count in 1..=600u32 {
             port.go_on(Note::default());
             assert_eq!(u32::from(read::<1>(&port, PROGRESS)[0]), count % 255);
         }
-        let saved = Saved::of(&BootState { generation: 255, reads_notes: true }).unwrap();
+        let saved = Saved::of(&BootState { generation: 255, ..BootState::default() }).unwrap();
         assert!(port.restore(&saved).is_err());
     }
 

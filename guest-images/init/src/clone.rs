@@ -19,6 +19,8 @@ use crate::{say, sys};
 const PORT_GENERATION: u16 = 0x610;
 /// What a port reads as that nobody answers.
 const NOBODY: u8 = 0xff;
+/// The port that tells whether somebody wants the machine to end.
+const PORT_PRESSED: u16 = 0x611;
 /// The port with the note.
 const PORT_NOTE: u16 = 0x614;
 /// Room for a note: a seed, two names and a line for each network interface.
@@ -54,12 +56,19 @@ impl Clones {
         clones
     }
 
-    /// Becomes another machine if this is one; returns whether it is.
-    pub fn look(&mut self) -> bool {
+    /// After a press of the power button: looks whether the machine is another one. Returns whether that was all: nobody
+    /// wants it to end.
+    pub fn were_announced(&mut self) -> bool {
+        self.look();
+        sys::read_port::<u8>(PORT_PRESSED) == Some(0)
+    }
+
+    /// Becomes another machine if this is one.
+    pub fn look(&mut self) {
         let found = sys::read_port::<u8>(PORT_GENERATION).filter(|found| *found != NOBODY);
         match found {
             Some(found) if found != self.generation => self.generation = found,
-            _ => return false,
+            _ => return,
         }
         let mut buffer = [0; NOTE_BYTES];
         let asked = sys::monotonic_time();
@@ -69,7 +78,6 @@ impl Clones {
                 say!("cannot {what} of a clone: {error}");
             }
         }
-        true
     }
 }
 

@@ -82,10 +82,10 @@ fn supervise(signals: Signals, command: rustix_core::process::Pid) -> PowerActio
                     }
                 }
             }
-            Event::PowerButton if clones.look() => {}
+            Event::PowerButton if clones.were_announced() => {}
             Event::PowerButton => return PowerAction::Off,
             Event::Shutdown(action) => return action,
-            Event::Nothing => _ = clones.look(),
+            Event::Nothing => clones.look(),
         }
     }
 }

@@ -336,8 +336,10 @@ impl VmBuilder {
             Origin::Boot(_) => None,
             Origin::Snapshot(snapshot, state) => {
                 units.iter().try_for_each(|(_, unit)| unit.set_paused(true))?;
+                let (clock, hears_generation) = parts.restore(&config, &snapshot.sections, state)?;
                 Some(Asleep {
-                    clock: parts.restore(&config, &snapshot.sections, state)?,
+                    clock,
+                    hears_generation,
                     generation: random().map_err(BuildError::Random)?,
                     note: self
                         .persona

@@ -279,13 +279,14 @@ impl Parts {
         (0..).zip(saved).map(restore).collect()
     }
 
-    /// Everything else as it was. Returns the clocks, which are set when the machine goes on.
+    /// Everything else as it was. Returns the clocks, which are set when the machine goes on, and whether the guest takes
+    /// the interrupt for a new generation id.
     pub fn restore(
         &self,
         config: &VmConfig,
         saved: &Sections,
         machine: &MachineState,
-    ) -> Result<ClockState, BuildError> {
+    ) -> Result<(ClockState, bool), BuildError> {
         // A part that is missing here would go on as new, and the guest knows it as it was.
         let cpus = config.cpus;
         let known = |name: &str| {
@@ -309,7 +310,7 @@ impl Parts {
         }
         let clock: ClockState = saved.state("clock").map_err(BuildError::State)?;
         match clock.vcpus.len() == usize::from(cpus) {
-            true => Ok(clock),
+            true => Ok((clock, irqchip.takes(layout::GENERATION_IRQ))),
             false => {
                 let wrong = SnapshotError::impossible("number of clocks");
                 Err(BuildError::State(SectionError::of("clock")(wrong)))

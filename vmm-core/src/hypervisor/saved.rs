@@ -1,10 +1,11 @@
 //! What the hypervisor keeps of a machine, in the form in which a snapshot has it. Structures of the KVM API are byte
 //! strings there, as long as they are.
+#![allow(unsafe_code, reason = "the KVM API has the interrupt controllers in a union")]
 
 use devices::snapshot::State;
 use kvm_bindings::{
-    kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_pit_state2, kvm_regs,
-    kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    KVM_IRQCHIP_IOAPIC, kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state,
+    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +40,9 @@ impl State for VcpuState {
     const VERSION: u16 = 1;
 }
 
+/// The mask of an entry of the I/O APIC's redirection table (82093AA §3.2.4).
+const MASKED: u64 = 1 << 16;
+
 /// The interrupt controllers that all vCPUs share, and the timer.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct IrqchipState {
@@ -46,6 +50,19 @@ pub struct IrqchipState {
     pub chips: Vec<kvm_irqchip>,
     /// The i8254, if there is one.
     pub pit: Option<kvm_pit_state2>,
+}
+
+impl IrqchipState {
+    /// Whether the I/O APIC lets interrupts of this pin through.
+    pub fn takes(&self, pin: u32) -> bool {
+        let chip = self.chips.iter().find(|chip| chip.chip_id == KVM_IRQCHIP_IOAPIC);
+        chip.is_some_and(|chip| {
+            // SAFETY: the union is as long as it is, and its bytes are numbers whichever chip they are of.
+            let table = unsafe { chip.chip.ioapic }.redirtbl;
+            // SAFETY: as above.
+            table.get(pin as usize).is_some_and(|entry| unsafe { entry.bits } & MASKED == 0)
+        })
+    }
 }
 
 impl State for IrqchipState {

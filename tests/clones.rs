@@ -13,8 +13,9 @@ use anyhow::{Context, Result, bail, ensure};
 use harness::{Kernel, Needs, Place, binaries};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use vmm_core::event::What;
 use vmm_core::snapshot::{ClockMode, Persona, Snapshot};
-use vmm_core::{SnapshotKind, Vm, VmBuilder, VmConfig};
+use vmm_core::{Milestone, SnapshotKind, Vm, VmBuilder, VmConfig};
 
 /// Only ends a hang.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -116,6 +117,13 @@ impl Guest {
         let before = said[self.read..self.read + at].to_owned();
         self.read += at + text.len();
         Ok(before)
+    }
+
+    /// What it has printed until now; what is waited for comes after it.
+    fn skip(&mut self) -> Result<String> {
+        let said = self.said.0.lock().map_err(|_| anyhow::anyhow!("the reader panicked"))?;
+        self.read = said.len();
+        Ok(said.clone())
     }
 
     fn send(&self, line: &str) -> Result<()> {
@@ -234,13 +242,10 @@ fn clones_have_random_numbers_of_their_own_whatever_their_init_is() -> Result<()
     Ok(())
 }
 
-/// How clones hear of themselves: with ACPI by an interrupt, without by asking. Without, they have no devices either.
+/// How clones hear of themselves: with ACPI by an interrupt, without by asking.
 fn becomes_what_its_note_says(acpi: bool) -> Result<()> {
     let setup = Setup::new()?;
-    let net = |mac: &str| match acpi {
-        true => json!([{"kind": "net", "user": true, "mac": mac}]),
-        false => json!([]),
-    };
+    let net = |mac: &str| json!([{"kind": "net", "user": true, "mac": mac}]);
     let parameters = if acpi { "" } else { "acpi=off" };
     let mut parent = setup.start(&format!("{parameters} -- {SHELL}"), net("02:00:00:00:00:01"))?;
     parent.expect("up\n")?;
@@ -263,8 +268,8 @@ fn becomes_what_its_note_says(acpi: bool) -> Result<()> {
         clone.vm.resume()?;
         clone.until("cat /proc/sys/kernel/hostname", &format!("clone-{number}"))?;
         clone.until("cat /etc/machine-id", &id)?;
+        clone.until("cat /sys/class/net/eth0/address", &mac)?;
         if acpi {
-            clone.until("cat /sys/class/net/eth0/address", &mac)?;
             // What told it was no press of the button. This is one.
             clone.vm.press_power_button()?;
             ensure!(clone.vm.wait_timeout(DEADLINE).is_some(), "the power button does nothing any more");
@@ -282,6 +287,55 @@ fn a_clone_becomes_what_its_note_says() -> Result<()> {
 #[test]
 fn a_clone_without_acpi_becomes_what_its_note_says() -> Result<()> {
     becomes_what_its_note_says(false)
+}
+
+/// The interrupt that tells of a note may come long before its init looks for one, and twice.
+#[test]
+fn a_machine_that_was_saved_before_its_init_looks_for_notes_makes_clones() -> Result<()> {
+    let setup = Setup::new()?;
+    let parent = Guest::over(Vm::builder(setup.config(&format!("-- {SHELL}"), json!([]))?).build()?)?;
+    let mut events = parent.vm.events();
+    parent.vm.start()?;
+    let ready = What::Milestone(Milestone::UserSpaceReached);
+    ensure!(events.any(|event| event.what == ready), "it ended before");
+    setup.save(&parent)?;
+    drop(parent);
+    for name in ["a", "b"] {
+        let persona =
+            Persona { hostname: Some(name.parse().map_err(anyhow::Error::msg)?), ..Persona::default() };
+        let mut clone = setup.clone_with(|vm| vm.persona(persona))?;
+        // One of it, before it has got any further.
+        setup.save(&clone)?;
+        clone.expect("up\n")?;
+        clone.until("cat /proc/sys/kernel/hostname", name)?;
+        clone.vm.press_power_button()?;
+        ensure!(clone.vm.wait_timeout(DEADLINE).is_some(), "the power button does nothing any more");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_machine_that_was_saved_anywhere_in_its_boot_makes_clones() -> Result<()> {
+    let setup = Setup::new()?;
+    let mut parent = setup.start(&format!("earlyprintk=ttyS0 loglevel=7 -- {SHELL}"), json!([]))?;
+    let mut saved = 0;
+    loop {
+        for _ in 0..8 {
+            parent.expect("\n")?;
+        }
+        parent.vm.pause()?;
+        // It was faster than who reads.
+        if parent.skip()?.contains("up\n") {
+            break;
+        }
+        setup.save(&parent)?;
+        let mut clone = setup.clone_with(|vm| vm)?;
+        clone.expect("up\n")?;
+        saved += 1;
+        parent.vm.resume()?;
+    }
+    ensure!(saved > 3, "saved {saved} times on its way");
+    Ok(())
 }
 
 #[test]

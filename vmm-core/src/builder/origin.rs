@@ -6,7 +6,7 @@ use devices::model::VirtioDevice;
 use kvm_bindings::CpuId;
 
 use super::BuildError;
-use crate::config::{ConfigError, VmConfig};
+use crate::config::{ConfigError, VmConfig, split_command_line};
 use crate::hypervisor::saved::VcpuState;
 use crate::hypervisor::{HvError, Hypervisor};
 use crate::machine::{MachineState, PciAccess};
@@ -121,6 +121,7 @@ fn cpuid_of(hypervisor: &dyn Hypervisor, id: u8, cpus: u8) -> Result<CpuId, HvEr
     let supported = hypervisor.supported_cpuid()?;
     cpuid::for_vcpu(&supported, id, cpus).map_err(|_| HvError::call("KVM_SET_CPUID2", libc::E2BIG))
 }
+
 impl PciAccess {
     /// A kernel takes the ports where there are any, and each access then takes two exits instead of one. So they are
     /// left out when the kernel finds the way through memory, which ACPI tells it.
@@ -130,6 +131,13 @@ impl PciAccess {
         let by_acpi = kernel.has_acpi && !cmdline.split(' ').any(|word| NOT_BY_ACPI.contains(&word));
         Self { ports: !(memory && by_acpi), memory }
     }
+}
+
+/// Whether a kernel that knows ACPI is told not to look at it. The last word about it counts.
+fn without_acpi(cmdline: &str) -> bool {
+    let (parameters, _) = split_command_line(cmdline);
+    let words = parameters.split_ascii_whitespace().filter(|word| word.starts_with("acpi="));
+    words.last() == Some("acpi=off")
 }
 
 /// The kernel command line of a machine with its devices in these places.
@@ -143,7 +151,9 @@ pub(super) fn command_line(
     let device = |slot: &MmioSlot| format!("virtio_mmio.device={}@{:#x}:{}", slot.len, slot.addr, slot.irq);
     let machine: Vec<String> = match slots {
         // Some 230 port accesses in search of quirky chipsets, for a bus with nothing on it.
-        Slots::Mmio(_) if kernel.has_acpi => vec!["pci=noearly".into()],
+        Slots::Mmio(_) if kernel.has_acpi && !without_acpi(&config.kernel_command_line(&[])?) => {
+            vec!["pci=noearly".into()]
+        }
         Slots::Mmio(slots) => slots.iter().map(device).collect(),
         Slots::Pci(_) => Vec::new(),
     };

@@ -6,12 +6,14 @@ use std::str::FromStr;
 use serde::de::{self, Deserialize, Deserializer, Visitor};
 use serde::{Serialize, Serializer};
 
-/// A number of bytes. Text form: a number, with the binary suffix `K`, `M`, `G` or `T` where it fits.
+/// A number of bytes. Text form: a number, with the binary suffix `K`, `M`, `G` or `T` where it fits; `KiB` to `TiB` are
+/// read as well.
 ///
 /// ```
 /// use devices::size::ByteSize;
 ///
 /// assert_eq!("512M".parse(), Ok(ByteSize(512 << 20)));
+/// assert_eq!("512MiB".parse(), Ok(ByteSize(512 << 20)));
 /// assert_eq!(ByteSize(3 << 30).to_string(), "3G");
 /// ```
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -36,10 +38,15 @@ impl FromStr for ByteSize {
 
     fn from_str(text: &str) -> Result<Self, SizeError> {
         let syntax = || SizeError::Syntax(text.into());
-        let last = text.chars().next_back().ok_or_else(syntax)?.to_ascii_uppercase();
+        let (short, long) = match text.len().checked_sub(2).and_then(|at| text.split_at_checked(at)) {
+            Some((short, end)) if end.eq_ignore_ascii_case("iB") => (short, true),
+            _ => (text, false),
+        };
+        let last = short.chars().next_back().ok_or_else(syntax)?.to_ascii_uppercase();
         let (digits, shift) = match SUFFIXES.iter().position(|&suffix| suffix == last) {
             // A suffix is one ASCII byte.
-            Some(i) => (&text[..text.len() - 1], 10 * (i + 1)),
+            Some(i) => (&short[..short.len() - 1], 10 * (i + 1)),
+            None if long => return Err(syntax()),
             None => (text, 0),
         };
         if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
@@ -116,6 +123,8 @@ mod tests {
             ("1k", 1 << 10),
             ("256M", 256 << 20),
             ("2g", 2 << 30),
+            ("512MiB", 512 << 20),
+            ("1kib", 1 << 10),
             ("16777215T", 16_777_215 << 40),
             ("18446744073709551615", u64::MAX),
         ] {
@@ -125,7 +134,9 @@ mod tests {
 
     #[test]
     fn what_is_no_size_says_so() {
-        for text in ["", "M", "x", "-1", "+1", "1.5G", "1MB", "1 M", "é", "1é", "0x10"] {
+        for text in
+            ["", "M", "x", "-1", "+1", "1.5G", "1MB", "1 M", "1iB", "iB", "MiB", "1iKiB", "é", "1é", "0x10"]
+        {
             assert_eq!(text.parse::<ByteSize>(), Err(SizeError::Syntax(text.into())), "{text}");
         }
         for text in ["16777216T", "18446744073709551616", "99999999999999999999999K"] {

@@ -183,7 +183,8 @@ fn whoever_is_killed_wherever_it_is_every_command_works() -> Result<()> {
         }
         for row in machines.ps()? {
             let state = row["state"].as_str().unwrap_or_default();
-            let known = ["created", "running", "paused", "stopping", "stopped", "ended", "killed", "unknown"];
+            let known =
+                ["created", "running", "paused", "stopping", "stopped", "ended", "killed", "unresponsive"];
             ensure!(known.contains(&state), "round {round}: {row}");
         }
     }

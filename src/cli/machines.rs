@@ -22,6 +22,7 @@ use super::{completion, print};
 use crate::api::own::Inspection;
 use crate::exit::ExitStatus;
 use crate::logging;
+use crate::machines::replay::Replay;
 use crate::machines::{Machine, StateDir, client, find_alive, log};
 use crate::session::{self, pause};
 use crate::terminal::{self, KeyCommand, Keys, Terminal};
@@ -41,13 +42,6 @@ impl StateArgs {
     /// The directory.
     pub fn open(&self) -> anyhow::Result<StateDir> {
         StateDir::open(self.state_dir.as_deref())
-    }
-
-    /// Gives a command of this program the same.
-    pub fn pass_on(&self, command: &mut std::process::Command) {
-        if let Some(path) = &self.state_dir {
-            command.arg("--state-dir").arg(path);
-        }
     }
 }
 
@@ -239,7 +233,8 @@ pub fn run(command: &MachineCommand) -> anyhow::Result<ExitStatus> {
 #[derive(Debug, Serialize)]
 struct Row {
     name: String,
-    /// As the API has it; `saving` while a snapshot is made, `ended` or `killed` when there is none any more, `unknown` when it does not answer.
+    /// As the API has it; `saving` while a snapshot is made, `ended` or `killed` when there is none any more, `unresponsive` when
+    /// it does not answer.
     state: String,
     pid: Option<i32>,
     cpus: Option<u64>,
@@ -255,7 +250,7 @@ impl Row {
         match self.state.as_str() {
             "paused" => Some(33),
             "ended" => Some(2),
-            "killed" | "unknown" => Some(31),
+            "killed" | "unresponsive" => Some(31),
             _ => None,
         }
     }
@@ -265,7 +260,7 @@ fn row(machine: &Machine) -> Row {
     let inspection = machine.is_alive().then(|| ask_inspection(machine));
     let mut row = Row {
         name: machine.name.clone(),
-        state: "unknown".into(),
+        state: "unresponsive".into(),
         pid: None,
         cpus: None,
         memory: None,
@@ -352,7 +347,7 @@ pub(super) fn columns<const N: usize>(table: &[[String; N]]) -> String {
 }
 
 fn ask_inspection(machine: &Machine) -> anyhow::Result<Inspection> {
-    Ok(serde_json::from_value(client::ask(machine, Method::GET, "/vmm/v1/inspect", None)?)?)
+    Ok(serde_json::from_value(client::ask_quickly(machine, Method::GET, "/vmm/v1/inspect")?)?)
 }
 
 fn log_level(machine: &Machine, filter: &str) -> anyhow::Result<ExitStatus> {
@@ -367,7 +362,12 @@ fn logs(machine: &Machine, follow: bool, own: bool) -> anyhow::Result<ExitStatus
     };
     let follow: Option<log::Follow<'_>> = if follow { Some(&more) } else { None };
     let path = if own { machine.own_log() } else { machine.log() };
-    match log::copy(&path, &mut std::io::stdout().lock(), follow) {
+    let mut stdout = std::io::stdout().lock();
+    let copied = match std::io::IsTerminal::is_terminal(&stdout) {
+        true => log::copy(&path, &mut Replay::to(stdout), follow),
+        false => log::copy(&path, &mut stdout, follow),
+    };
+    match copied {
         Ok(()) => Ok(ExitStatus::Success),
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(ExitStatus::SIGPIPE),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound && own => {

@@ -18,6 +18,8 @@ use crate::api::own::{CONSOLE, CONSOLE_PROTOCOL};
 
 /// How long a machine may take for its answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long somebody waits who looks at many.
+const SHORT_PATIENCE: Duration = Duration::from_secs(3);
 /// How long it may take to write down all of its memory.
 const LONG_PATIENCE: Duration = Duration::from_secs(3600);
 /// Largest answer in bytes that is read.
@@ -26,6 +28,11 @@ const MAX_ANSWER: usize = 16 << 20;
 /// Asks the API of `machine`; a refusal is an error with its sentence.
 pub fn ask(machine: &Machine, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
     ask_within(PATIENCE, machine, method, path, body)
+}
+
+/// As [`ask`], for who rather goes without an answer than waits for it.
+pub fn ask_quickly(machine: &Machine, method: Method, path: &str) -> anyhow::Result<Value> {
+    ask_within(SHORT_PATIENCE, machine, method, path, None)
 }
 
 /// As [`ask`], for what takes its time.

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 pub const HELP: &str = "\
 Exit status:
   0      the guest rebooted, powered off or triple faulted, or was stopped with Ctrl-A x
-  1      the machine could not be started, or could not go on, or ended before COMMAND did
+  1      the machine could not be started, or could not go on, or was killed, or ended before COMMAND did
   2      wrong flags, or a configuration that is not possible
   3      the guest's kernel panicked
   128+N  ended by signal N; 141 (128 + SIGPIPE) when nobody reads standard output any more

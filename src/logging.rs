@@ -23,7 +23,7 @@ use crate::terminal::{Stderr, shows_colours};
 const VARIABLE: &str = "VMM_LOG";
 
 /// Flags for log lines.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub struct LogArgs {
     /// Which lines are logged, on standard error: a level, or levels of modules [default: $VMM_LOG, or warn]
     ///
@@ -38,9 +38,10 @@ pub struct LogArgs {
 }
 
 /// The form of log lines.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Form {
     /// For people
+    #[default]
     Text,
     /// For programs
     Json,

@@ -3,10 +3,15 @@
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, poll};
 
 /// Signals that end the command, and those that stop it and let it go on.
 const AWAITED: [libc::c_int; 6] =
     [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGTSTP, libc::SIGCONT];
+/// Those that end it.
+const ENDS: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 /// A background process that reads or configures the terminal gets these and stops. With them blocked, reading
 /// fails instead and configuring succeeds: a guest goes on in the background.
 const TERMINAL: [libc::c_int; 2] = [libc::SIGTTIN, libc::SIGTTOU];
@@ -56,20 +61,71 @@ impl Signals {
 
     /// Stops this process as SIGTSTP does when nobody waits for it; returns when it goes on.
     pub fn stop_process(&self) {
-        self.act_as_default(libc::SIGTSTP);
+        act_as_default(libc::SIGTSTP);
     }
 
     /// Ends this process as the signal with this number does when nobody waits for it.
     pub fn die(&self, number: u8) {
-        self.act_as_default(number.into());
+        act_as_default(number.into());
+    }
+}
+
+fn act_as_default(signal: libc::c_int) {
+    let one = set([signal].into_iter());
+    // SAFETY: a plain call. The signal is blocked, so it is pending until the next line.
+    unsafe { libc::raise(signal) };
+    change_mask(libc::SIG_UNBLOCK, &one);
+    change_mask(libc::SIG_BLOCK, &one);
+}
+
+/// Signals that end a command which has something to clean up, for a process without a thread to wait for them.
+#[derive(Debug)]
+pub struct Ends(OwnedFd);
+
+/// The signal with this number has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cut short by signal {0}")]
+pub struct Cut(pub u8);
+
+impl Ends {
+    /// Blocks them in this thread and all that it starts from now on, but for those that are ignored.
+    pub fn block() -> io::Result<Self> {
+        let ends = set(ENDS.into_iter().filter(|signal| !ignored(*signal)));
+        change_mask(libc::SIG_BLOCK, &ends);
+        // SAFETY: the set is valid, and a new descriptor is asked for.
+        match unsafe { libc::signalfd(-1, &ends, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) } {
+            -1 => Err(io::Error::last_os_error()),
+            // SAFETY: it was just made, and is nobody else's.
+            fd => Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) })),
+        }
     }
 
-    fn act_as_default(&self, signal: libc::c_int) {
-        let one = set([signal].into_iter());
-        // SAFETY: a plain call. The signal is blocked, so it is pending until the next line.
-        unsafe { libc::raise(signal) };
-        change_mask(libc::SIG_UNBLOCK, &one);
-        change_mask(libc::SIG_BLOCK, &one);
+    /// Fails if one has come.
+    pub fn look(&self) -> Result<(), Cut> {
+        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
+        match rustix::io::read(&self.0, &mut info) {
+            // The number is a word in front, and small.
+            Ok(_) => Err(Cut(info[0])),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// Waits until `fd` has something to read, or has ended; fails if a signal comes before.
+    pub fn wait_for(&self, fd: impl AsFd) -> Result<(), Cut> {
+        loop {
+            let mut fds = [PollFd::new(&fd, PollFlags::IN), PollFd::new(&self.0, PollFlags::IN)];
+            _ = poll(&mut fds, None);
+            let ready = !fds[0].revents().is_empty();
+            self.look()?;
+            if ready {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Ends this process as the signal with this number does when nobody waits for it.
+    pub fn die(&self, number: u8) {
+        act_as_default(number.into());
     }
 }
 

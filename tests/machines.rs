@@ -277,13 +277,15 @@ fn what_is_killed_is_known_to_be_dead_and_can_be_removed() -> Result<()> {
     assert_eq!(states, ["running", "killed", "running"]);
     assert!(state.refused("pause b", 1)?.contains("'b' has ended"));
     state.ok("kill b c")?;
-    assert_eq!(state.output("wait c")?.status.code(), Some(0));
+    assert_eq!(state.output("wait c")?.status.code(), Some(1), "it was killed");
     state.ok("rm b c")?;
     state.ok("run --detach --name b IDLE")?;
 
     // One that does not answer is killed all the same.
     let pid = state.pid("a")?;
     kill_process(pid, Signal::STOP)?;
+    let states: Vec<_> = state.ps()?.iter().map(|row| row["state"].clone()).collect();
+    assert_eq!(states, ["unresponsive", "running"]);
     let killer = state.start("kill a")?;
     let killed = killer.wait_with_output()?;
     ensure!(killed.status.success(), "{killed:?}");

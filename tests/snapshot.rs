@@ -84,6 +84,22 @@ fn what_was_saved_goes_on_where_it_was_and_so_does_its_parent() -> Result<()> {
 }
 
 #[test]
+fn what_is_saved_to_be_stopped_does_not_run_again() -> Result<()> {
+    let state = machines()?;
+    start(&state, "run -q --detach --name web", "i=0; while i=$((i+1)); do echo n$i; done")?;
+    wait_numbers(&state, "web", "n", 100)?;
+    state.ok("snapshot web --to saved --stop")?;
+    assert_eq!(state.ps()?[0]["state"], "ended");
+    assert_eq!(state.output("wait web")?.status.code(), Some(1), "it was killed");
+    let last = numbers(&state.ok("logs web")?, "n").pop().context("a number")?;
+    state.ok("restore saved --detach --name again")?;
+    let first = wait_numbers(&state, "again", "n", 1)?[0];
+    // The line that was being printed may be cut in two.
+    ensure!((last + 1..=last + 2).contains(&first), "{last}, and then {first}");
+    Ok(())
+}
+
+#[test]
 fn every_link_of_a_chain_of_diffs_is_right() -> Result<()> {
     let state = machines()?;
     start(&state, "run -q --detach --name web --track-dirty", CHECK)?;

@@ -111,6 +111,9 @@ pub struct SnapshotRequest {
     /// Whether disks are taken along that the guest can write. `true` if it is left out.
     #[serde(default = "yes")]
     pub disks: bool,
+    /// The machine ends with it, and its guest does not run again.
+    #[serde(default)]
+    pub stop: bool,
 }
 
 fn yes() -> bool {
@@ -236,17 +239,18 @@ fn put_snapshot(
     control: &Control,
     request: Request<Json<SnapshotRequest>>,
 ) -> Result<Json<SnapshotMade>, Refusal> {
-    let SnapshotRequest { path, kind, disks } = request.body.0;
+    let SnapshotRequest { path, kind, disks, stop } = request.body.0;
     let kind = match kind {
         Kind::Full => SnapshotKind::Full,
         Kind::Diff => SnapshotKind::Diff,
         Kind::Clones => SnapshotKind::Clones,
     };
     let vm = control.vm()?;
-    let report = match disks {
-        true => vm.snapshot(&path, kind)?,
-        false => vm.snapshot_without_disks(&path, kind)?,
+    let save = || match disks {
+        true => vm.snapshot(&path, kind),
+        false => vm.snapshot_without_disks(&path, kind),
     };
+    let report = if stop { vm.end_with(save)? } else { save()? };
     Ok(Json(SnapshotMade {
         id: report.id,
         paused_micros: report.paused.as_micros() as u64,

@@ -11,7 +11,7 @@ use rustix::stdio::{dup2_stderr, dup2_stdout};
 use crate::exit::ExitStatus;
 
 /// What the process in the background writes to its standard output when the guest runs.
-const READY: &[u8] = b"ready";
+pub const READY: &[u8] = b"ready";
 
 /// Starts the machine of this command line in the background and prints its name. What goes wrong until the guest runs
 /// is told by that process, on the standard error that both have.

@@ -1,21 +1,40 @@
 //! `vmm fork`: clones of a machine with a name, which goes on.
+//!
+//! The snapshot is opened and checked once, by a process that has one thread; each clone is a child of that, which shares
+//! what it has read and makes a machine of its own: see docs/adr/0007-clones-are-forked.md.
 
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+mod children;
 
-use anyhow::{Context, ensure};
+use std::fs::{self, DirBuilder};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use anyhow::{Context, anyhow, bail};
 use clap::Args;
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, test_kill_process};
+use vmm_core::snapshot::{Hostname, MachineId, Persona};
+use vmm_core::{Snapshot, VmBuilder};
 
-use super::machines::{One, StateArgs};
-use super::print;
+use super::host::HostArgs;
+use super::machines::One;
 use super::snapshot::save;
-use crate::exit::ExitStatus;
+use super::{print, restore};
+use crate::exit::{ExitStatus, UsageError};
+use crate::machines::Machine;
+use crate::signals::{Cut, Ends};
+use children::Children;
+
+/// How the names begin of directories for the snapshots of forks.
+const DIR: &str = "fork-";
 
 /// Start clones of a machine with a name, which goes on
 ///
 /// They are named after it, with a number, run in the background, and share the memory that neither writes.
 #[derive(Args, Clone, Debug)]
-#[command(after_help = "Examples:\n  vmm fork web -n 10\n  vmm fork web --set net0.tap=tap{}")]
+#[command(after_help = EXAMPLES)]
 pub struct ForkArgs {
     #[command(flatten)]
     machine: One,
@@ -25,6 +44,12 @@ pub struct ForkArgs {
     /// Change what a device of the clones is on the host; {} stands for the clone's number
     #[arg(long = "set", value_name = "DEVICE.KEY=VALUE")]
     changes: Vec<String>,
+    /// Give the clones host names, in which {} stands for the clone's number; their init must be vmm's
+    #[arg(long, value_name = "NAME", value_parser = |text: &str| hostname(text, u32::MAX).map(|_| text.to_owned()))]
+    hostname: Option<String>,
+    /// Give each clone a machine id of its own; their init must be vmm's
+    #[arg(long)]
+    machine_ids: bool,
     /// Leave out the disks, which --set then has to provide as they were
     #[arg(long)]
     no_disks: bool,
@@ -33,42 +58,115 @@ pub struct ForkArgs {
     rm: bool,
 }
 
+const EXAMPLES: &str = "\
+Examples:
+  vmm fork web -n 10
+  vmm fork web -n 10 --hostname web-{} --machine-ids
+  vmm fork web --set net0.tap=tap{}";
+
 /// Runs the subcommand.
 pub fn run(args: &ForkArgs) -> anyhow::Result<ExitStatus> {
-    let machine = args.machine.find_alive()?;
-    let state = args.machine.state();
-    let taken: Vec<String> = state.open()?.list()?.into_iter().map(|machine| machine.name).collect();
-    let dir = machine.path(&format!("fork-{}", std::process::id()));
-    save(&machine, &dir, "clones", !args.no_disks)?;
-    let numbers = (1..).map(|number| (number, format!("{}-{number}", machine.name)));
-    let free = numbers.filter(|(_, name)| !taken.contains(name)).take(args.n as usize);
-    let clones: Vec<_> = free.map(|(number, name)| (start(args, state, &dir, number, &name), name)).collect();
-    let (mut running, mut failed) = (String::new(), 0);
-    for (clone, name) in clones {
-        // It has said itself what is wrong.
-        match clone.and_then(|mut clone| Ok(clone.wait()?.success())) {
-            Ok(true) => running += &format!("{name}\n"),
-            Ok(false) => failed += 1,
-            Err(error) => return Err(error.context(format!("cannot start {name}"))),
-        }
+    let signals = Ends::block()?;
+    let result = fork(args, &signals);
+    if let Some(&Cut(number)) = result.as_ref().err().and_then(|error| error.downcast_ref()) {
+        // What was begun has ended.
+        signals.die(number);
     }
-    // What a clone needs of the snapshot, it has open.
-    std::fs::remove_dir_all(&dir).with_context(|| format!("cannot remove '{}'", dir.display()))?;
-    let printed = print(running.as_bytes())?;
-    ensure!(failed == 0, "{failed} of {} clones did not start", args.n);
-    Ok(printed)
+    result
 }
 
-fn start(args: &ForkArgs, state: &StateArgs, dir: &Path, number: u32, name: &str) -> anyhow::Result<Child> {
-    let mut command = Command::new("/proc/self/exe");
-    command.args(["restore", "--detach", "--name", name]);
-    for change in &args.changes {
-        command.arg("--set").arg(change.replace("{}", &number.to_string()));
+fn fork(args: &ForkArgs, signals: &Ends) -> anyhow::Result<ExitStatus> {
+    let clones = HostArgs::of_clones(args.machine.state(), args.rm);
+    let logging = clones.log()?;
+    let machine = args.machine.find_alive()?;
+    let state = args.machine.state().open()?;
+    let dir = ForkDir::make(&machine)?;
+    let snapshot = dir.take(&machine, !args.no_disks, signals)?;
+    // What is wrong with one is wrong with all.
+    args.clone_of(&snapshot, &machine.path("clone"), 1)?;
+    let mut children = Children::of(state.clone());
+    let mut number = 0;
+    for _ in 0..args.n {
+        let registered;
+        (number, registered) = state.register_next(&machine.name, number + 1)?;
+        children.start(registered, |registered, start| {
+            let builder = args.clone_of(&snapshot, &registered.machine().path(""), number)?;
+            let command = restore::has_command(builder.config());
+            clones.run_as(|| Ok(Some(registered)), builder, (), command, logging.clone(), start)
+        })?;
+        signals.look()?;
     }
-    if args.rm {
-        command.arg("--rm");
+    let (running, failed) = children.wait(signals)?;
+    let names: String = running.iter().map(|name| format!("{name}\n")).collect();
+    let printed = print(names.as_bytes())?;
+    match failed.first() {
+        Some((name, why)) => bail!("{} of {} clones did not start; {name}: {why}", failed.len(), args.n),
+        None => Ok(printed),
     }
-    state.pass_on(&mut command);
-    // A clone that was started prints its name, which is printed here for all of them.
-    Ok(command.arg(dir).stdin(Stdio::null()).stdout(Stdio::null()).spawn()?)
+}
+
+impl ForkArgs {
+    /// The clone with this number, and this directory.
+    fn clone_of(&self, snapshot: &Snapshot, directory: &Path, number: u32) -> anyhow::Result<VmBuilder> {
+        let changes: Vec<String> = self.changes.iter().map(|change| numbered(change, number)).collect();
+        let hostname = self.hostname.as_ref().map(|name| hostname(name, number)).transpose();
+        let machine_id = self.machine_ids.then(MachineId::random).transpose()?;
+        let persona = Persona { hostname: hostname.map_err(UsageError)?, machine_id, ..Persona::default() };
+        Ok(restore::prepare(snapshot.clone(), Some(directory), &changes, |_| ())?.persona(persona))
+    }
+}
+
+/// What `text` is for the clone with this number.
+fn numbered(text: &str, number: u32) -> String {
+    text.replace("{}", &number.to_string())
+}
+
+fn hostname(text: &str, number: u32) -> Result<Hostname, String> {
+    numbered(text, number).parse()
+}
+
+/// A directory in a machine's own for the snapshot of a fork, which goes with this value: what clones need of it, they have
+/// open.
+struct ForkDir(PathBuf);
+
+impl ForkDir {
+    fn make(machine: &Machine) -> anyhow::Result<Self> {
+        remove_left(machine);
+        let path = machine.path(&format!("{DIR}{}", std::process::id()));
+        let made = DirBuilder::new().mode(0o700).create(&path);
+        made.with_context(|| format!("cannot make '{}'", path.display()))?;
+        Ok(Self(path))
+    }
+
+    /// Takes a snapshot of the machine.
+    fn take(&self, machine: &Machine, disks: bool, signals: &Ends) -> anyhow::Result<Snapshot> {
+        let place = self.0.join("snapshot");
+        let (done, end) = pipe_with(PipeFlags::CLOEXEC)?;
+        let (saved, to) = (machine.clone(), place.clone());
+        let saver = thread::Builder::new().name("snapshot".into()).spawn(move || {
+            let _until_it_returns = end;
+            save(&saved, &to, "clones", disks, false)
+        })?;
+        signals.wait_for(&done)?;
+        // Afterwards there is one thread again.
+        saver.join().map_err(|_| anyhow!("a bug: the thread that asks for the snapshot panicked"))??;
+        Ok(Snapshot::open(&place)?)
+    }
+}
+
+impl Drop for ForkDir {
+    fn drop(&mut self) {
+        _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Removes what forks of the machine have left that were killed.
+fn remove_left(machine: &Machine) {
+    let Ok(entries) = fs::read_dir(machine.path("")) else { return };
+    let is_left = |entry: &fs::DirEntry| {
+        let name = entry.file_name().into_string().unwrap_or_default();
+        let number = name.strip_prefix(DIR).and_then(|number| number.parse().ok());
+        number.and_then(Pid::from_raw).is_some_and(|pid| test_kill_process(pid) == Err(Errno::SRCH))
+    };
+    entries.flatten().filter(is_left).for_each(|entry| _ = fs::remove_dir_all(entry.path()));
 }

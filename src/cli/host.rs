@@ -92,6 +92,23 @@ impl HostArgs {
         Ok(Some(self.state.open()?.directory_of(name)))
     }
 
+    /// For clones of a machine: they run in the background.
+    pub fn of_clones(state: &StateArgs, rm: bool) -> Self {
+        Self {
+            name: None,
+            detach: true,
+            rm,
+            state: state.clone(),
+            api_sock: None,
+            trace_exits: false,
+            timings: false,
+            log: LogArgs::default(),
+            verbose: 0,
+            quiet: false,
+            in_background: true,
+        }
+    }
+
     /// Builds a machine and runs it to its end. `kept`: stays open until it is built. `command`: it runs for the sake of
     /// one command, whose exit status counts. `start` is when the process began.
     pub fn run(
@@ -102,8 +119,22 @@ impl HostArgs {
         logging: Arc<Logging>,
         start: Instant,
     ) -> anyhow::Result<ExitStatus> {
+        let register = || self.name.as_ref().map(|name| self.state.open()?.register(name)).transpose();
+        self.run_as(register, builder, kept, command, logging, start)
+    }
+
+    /// As [`Self::run`], for a machine that gets its name by `register`.
+    pub fn run_as(
+        &self,
+        register: impl FnOnce() -> anyhow::Result<Option<Registered>>,
+        builder: VmBuilder,
+        kept: impl Sized,
+        command: bool,
+        logging: Arc<Logging>,
+        start: Instant,
+    ) -> anyhow::Result<ExitStatus> {
         let signals = SignalThread::start()?;
-        let named = self.named()?;
+        let named = register()?;
         let machine = named.as_ref().map(Registered::machine);
         // Commands by name know only their own.
         let sockets = Sockets::bind(self.api_sock.iter().cloned().chain(machine.map(Machine::api)))?;
@@ -137,7 +168,13 @@ impl HostArgs {
         let ended = session::run(&vm, manner, &signals, started);
         let status = ended.and_then(|ended| {
             self.report(&vm, start);
-            status(&ended, command.then(|| vm.exit_status()))
+            match ended {
+                Ended { reason: StopReason::Requested, cause: None } => {
+                    say("the machine was killed");
+                    Ok(ExitStatus::Failure)
+                }
+                ended => status(&ended, command.then(|| vm.exit_status())),
+            }
         });
         if let Some(named) = &named {
             write_down_end(named, &vm, &status);
@@ -154,12 +191,6 @@ impl HostArgs {
             (false, 2) => Some(LevelFilter::DEBUG),
             (false, _) => Some(LevelFilter::TRACE),
         }
-    }
-
-    /// Takes the machine's name, if it has one.
-    fn named(&self) -> anyhow::Result<Option<Registered>> {
-        let Some(name) = &self.name else { return Ok(None) };
-        Ok(Some(self.state.open()?.register(name)?))
     }
 
     /// Where the console is: what would be on the terminal is in a log when there is none.

@@ -6,11 +6,11 @@ use std::time::Instant;
 use anyhow::Context;
 use clap::Args;
 use serde_json::{Map, Value};
-use vmm_core::config::SerialConfig;
+use vmm_core::config::{SerialConfig, split_command_line};
 use vmm_core::devices::registry::DeviceConfig;
 use vmm_core::snapshot::memory_file::MemoryMode;
 use vmm_core::snapshot::{ClockMode, Hostname, MachineId, Persona};
-use vmm_core::{Snapshot, Vm, VmConfig};
+use vmm_core::{Snapshot, Vm, VmBuilder, VmConfig};
 
 use super::host::HostArgs;
 use super::run::named;
@@ -82,27 +82,47 @@ pub fn run(args: &RestoreArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     if args.host.belongs_in_background() {
         return args.host.go_to_background();
     }
-    let mut snapshot = Snapshot::open(&args.dir)?;
-    let mut config = snapshot.config().clone();
-    config.track_dirty |= args.track_dirty;
-    if let Some(serial) = &args.serial {
-        config.serial = serial.clone();
-    }
-    if let Some(directory) = args.host.machine_directory()? {
-        own_sockets(&mut config, &directory);
-    }
-    for change in &args.changes {
-        set(&mut config, change)?;
-    }
-    snapshot.set_config(config)?;
+    let directory = args.host.machine_directory()?;
+    let builder = prepare(Snapshot::open(&args.dir)?, directory.as_deref(), &args.changes, |config| {
+        config.track_dirty |= args.track_dirty;
+        if let Some(serial) = &args.serial {
+            config.serial = serial.clone();
+        }
+    })?;
     let persona =
         Persona { hostname: args.hostname.clone(), machine_id: args.machine_id, ..Persona::default() };
-    let builder = Vm::restore(snapshot)
+    let builder = builder
         .memory_mode(args.memory_mode)
         .clock_mode(args.clock)
         .persona(persona)
         .other_processor(args.force);
-    args.host.run(builder, (), false, logging, start)
+    let command = has_command(builder.config());
+    args.host.run(builder, (), command, logging, start)
+}
+
+/// Prepares to build the machine that was saved, with `changes` of its devices, and others. `directory`: the machine's own.
+pub(super) fn prepare(
+    mut snapshot: Snapshot,
+    directory: Option<&Path>,
+    changes: &[String],
+    others: impl FnOnce(&mut VmConfig),
+) -> anyhow::Result<VmBuilder> {
+    let mut config = snapshot.config().clone();
+    others(&mut config);
+    if let Some(directory) = directory {
+        own_sockets(&mut config, directory);
+    }
+    for change in changes {
+        set(&mut config, change)?;
+    }
+    snapshot.set_config(config)?;
+    Ok(Vm::restore(snapshot))
+}
+
+/// Whether the guest runs for the sake of one command, as after `vmm run -- COMMAND`.
+pub(super) fn has_command(config: &VmConfig) -> bool {
+    let lines = [&config.cmdline, &config.append].into_iter().flatten();
+    lines.filter_map(|line| split_command_line(line).1).any(|words| !words.is_empty())
 }
 
 /// A machine with a name has sockets of its own in its directory, since its parent may still have those of the snapshot.

@@ -126,10 +126,8 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitStatus> {
         (Some(command), ..) => command.run(),
         (None, Some(name), Some(to)) => {
             let machine = find_alive(&args.state.open()?, name)?;
-            save(&machine, to, if args.diff { "diff" } else { "full" }, !args.no_disks)?;
-            if args.stop {
-                super::machines::stop(&machine, 0)?;
-            }
+            let disks = !args.no_disks;
+            save(&machine, to, if args.diff { "diff" } else { "full" }, disks, args.stop)?;
             Ok(ExitStatus::Success)
         }
         // The parser asks for both.
@@ -137,16 +135,20 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitStatus> {
     }
 }
 
-/// Lets the machine save itself; `kind` is as the API has it.
-pub(super) fn save(machine: &Machine, to: &Path, kind: &str, disks: bool) -> anyhow::Result<()> {
+/// Lets the machine save itself, and end with that if it shall `stop`; `kind` is as the API has it.
+pub(super) fn save(machine: &Machine, to: &Path, kind: &str, disks: bool, stop: bool) -> anyhow::Result<()> {
     // The machine may run in another directory.
     let to = std::path::absolute(to)?;
+    let watch = machine.watch()?;
     client::ask_for_long(
         machine,
         Method::PUT,
         "/vmm/v1/snapshot",
-        Some(&json!({ "path": to, "kind": kind, "disks": disks })),
+        Some(&json!({ "path": to, "kind": kind, "disks": disks, "stop": stop })),
     )?;
+    if stop {
+        watch.wait(None);
+    }
     Ok(())
 }
 

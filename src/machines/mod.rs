@@ -15,6 +15,7 @@
 
 pub mod client;
 pub mod log;
+pub mod replay;
 
 use std::cell::Cell;
 use std::fs::{self, File, TryLockError};
@@ -24,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use rustix::fs::FileType;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -128,8 +129,23 @@ impl StateDir {
             !machine.dir.exists(),
             "there is a machine named '{name}' that has ended; say 'vmm rm {name}', or choose another name"
         );
+        self.add(machine)
+    }
+
+    /// As [`Self::register`], with `name` and the first number from `first` on that is free.
+    pub fn register_next(&self, name: &str, first: u32) -> anyhow::Result<(u32, Registered)> {
+        let _guard = self.lock()?;
+        let numbers = (first..).map(|number| (number, format!("{name}-{number}")));
+        let free = |(_, name): &(u32, String)| !self.0.join(name).exists();
+        let (number, name) = numbers.into_iter().find(free).context("no number is free")?;
+        let name = check_name(&name).map_err(|why| anyhow!("'{name}' is no name of a machine: {why}"))?;
+        Ok((number, self.add(Machine { dir: self.0.join(&name), name })?))
+    }
+
+    /// Makes the directory of a machine, which there is none of. We hold the lock.
+    fn add(&self, machine: Machine) -> anyhow::Result<Registered> {
         // Whoever looks sees all of it or nothing, and so it is when we are killed here.
-        let new = Machine { name: name.into(), dir: self.0.join(NEW) };
+        let new = Machine { name: machine.name.clone(), dir: self.0.join(NEW) };
         let made = self.clean_up().and_then(|()| fs::DirBuilder::new().mode(0o700).create(&new.dir));
         let locked = made.and_then(|()| new.take_lock());
         let there = locked.and_then(|lock| fs::rename(&new.dir, &machine.dir).map(|()| lock));
@@ -251,6 +267,17 @@ impl Registered {
     /// Lets the machine's directory outlive this process.
     pub fn keep(&self) {
         self.remove.set(false);
+    }
+
+    /// Leaves the machine to a process that was forked from this one, which has this value too.
+    pub fn leave_to_child(self) {
+        self.keep();
+    }
+
+    /// The other side of [`Self::leave_to_child`].
+    pub fn become_ours(&self) -> io::Result<()> {
+        self.lock.set_len(0)?;
+        writeln!(&self.lock, "{}", std::process::id())
     }
 
     /// Writes down how it ended. What is cut off on a full disk is as if it were not there.

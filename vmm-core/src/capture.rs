@@ -27,13 +27,16 @@ pub(crate) struct Running {
 pub(crate) struct Ahead<'a> {
     control: &'a Sender<Message>,
     running: Running,
+    /// It is to be there after a crash of the host.
+    lasts: bool,
 }
 
 impl<'a> Ahead<'a> {
     /// Begins to log what is written; `None` if the machine stands still anyway.
     pub fn begin(control: &'a Sender<Message>, kind: SnapshotKind) -> Result<Option<Self>, VmError> {
         let running = ask(control, |reply| Message::BeginAhead { kind, reply })?;
-        Ok(running.map(|running| Self { control, running }))
+        let lasts = kind != SnapshotKind::Clones;
+        Ok(running.map(|running| Self { control, running, lasts }))
     }
 
     /// Writes the memory, and then what was written meanwhile. A third time would hardly find less.
@@ -48,7 +51,9 @@ impl<'a> Ahead<'a> {
             None => touched(ram).map_err(failed)?,
         };
         memory.write(ram, &first, go_on).map_err(gone)?;
-        memory.sync().map_err(failed)?;
+        if self.lasts {
+            memory.sync().map_err(failed)?;
+        }
         let again = ask(self.control, Message::DirtyPages)?;
         memory.write(ram, &again, go_on).map_err(gone)
     }

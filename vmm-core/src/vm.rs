@@ -295,6 +295,25 @@ impl Vm {
         self.snapshot_at(&Place::Dir(to.into()), kind, false)
     }
 
+    /// Takes a snapshot and ends the machine, whose guest does not run again after it was saved. If `save` fails, it goes
+    /// on, if it ran.
+    pub fn end_with<E: From<VmError>>(
+        &self,
+        save: impl FnOnce() -> Result<SnapshotReport, E>,
+    ) -> Result<SnapshotReport, E> {
+        let runs = self.state() == VmState::Running;
+        if runs {
+            self.pause()?;
+        }
+        let made = save();
+        match &made {
+            Ok(_) => self.kill(),
+            Err(_) if runs => self.resume()?,
+            Err(_) => {}
+        }
+        made
+    }
+
     /// As [`Self::snapshot`], to two files, for [`Snapshot::open_files`]: the state, in which the manifest is, and the memory.
     /// Files that are there are replaced. Disks are not in it.
     pub fn snapshot_to_files(
@@ -308,7 +327,7 @@ impl Vm {
 
     fn snapshot_at(&self, place: &Place, kind: SnapshotKind, disks: bool) -> Result<SnapshotReport, VmError> {
         let _one_at_a_time = self.snapshots.lock().unwrap_or_else(|e| e.into_inner());
-        let draft = Draft::begin(place)?;
+        let draft = Draft::begin(place, kind)?;
         let mut memory = draft.memory(self.shared.config().memory.0, kind)?;
         let ahead = Ahead::begin(&self.control, kind)?;
         let goes_on = || !matches!(*self.shared.lock(), VmState::Stopping | VmState::Stopped(_));

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::manifest::{Manifest, MemoryMap};
 use super::place::open_file;
-use super::{Draft, Place, Snapshot, SnapshotFailed, SnapshotReport, links, new_id};
+use super::{Draft, Place, Snapshot, SnapshotFailed, SnapshotKind, SnapshotReport, links, new_id};
 
 /// A snapshot that another one needs, or that other one itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -49,7 +49,7 @@ impl Snapshot {
         let place = Place::Dir(dir.into());
         self.spare_chain(&place)?;
         self.check_memory()?;
-        let draft = Draft::begin(&place)?;
+        let draft = Draft::begin(&place, SnapshotKind::Full)?;
         let flat = self.memory_image()?.flat().map_err(SnapshotFailed::io("read", &self.place.memory()))?;
         let contents =
             flat.copy_to(draft.memory_file()).map_err(SnapshotFailed::io("write", &place.memory()))?;

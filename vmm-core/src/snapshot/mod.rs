@@ -230,7 +230,7 @@ impl SnapshotFailed {
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Snapshot {
     pub(crate) place: Place,
     pub(crate) manifest: Manifest,
@@ -495,16 +495,19 @@ pub(crate) struct Draft {
     place: Place,
     draft: Place,
     memory: Arc<File>,
+    /// It is to be there after a crash of the host.
+    lasts: bool,
     /// Locked, which says that somebody is at work on it.
     _lock: Option<File>,
 }
 
 impl Draft {
     /// Begins a snapshot that is to be at `place`.
-    pub fn begin(place: &Place) -> Result<Self, SnapshotFailed> {
+    pub fn begin(place: &Place, kind: SnapshotKind) -> Result<Self, SnapshotFailed> {
         let place = place.absolute()?;
         let (draft, memory, lock) = place.begin_draft()?;
-        Ok(Self { place, draft, memory: memory.into(), _lock: lock })
+        let lasts = kind != SnapshotKind::Clones;
+        Ok(Self { place, draft, memory: memory.into(), lasts, _lock: lock })
     }
 
     /// Makes a file for a disk: to be kept, and to be written.
@@ -525,13 +528,15 @@ impl Draft {
         writer.map_err(SnapshotFailed::io("write", &self.draft.memory()))
     }
 
-    /// Writes what is missing, makes all of it last, and puts it in its place, where another snapshot may be.
+    /// Writes what is missing, makes all of it last if it shall, and puts it in its place, where another snapshot may be.
     pub fn finish(self, captured: Captured) -> Result<(SnapshotReport, Base), SnapshotFailed> {
         let Captured { sections, written, disks, mut config, aliases, paused, diff } = captured;
         config.devices.iter_mut().for_each(DeviceConfig::pin);
         let state = sections.to_bytes().map_err(SnapshotFailed::Save)?;
         let memory = self.draft.memory();
-        let crc32 = written.crc32(&self.memory).map_err(SnapshotFailed::io("read", &memory))?;
+        // It is for those who find it much later.
+        let crc32 = if self.lasts { written.crc32(&self.memory) } else { Ok(0) };
+        let crc32 = crc32.map_err(SnapshotFailed::io("read", &memory))?;
         let id = new_id()?;
         let made_at =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -567,9 +572,15 @@ impl Draft {
             reason: error.to_string(),
         })?;
         text.push(b'\n');
-        self.memory.sync_all().map_err(SnapshotFailed::io("write", &self.draft.memory()))?;
         self.draft.write(sections, state, text)?;
+        if self.lasts {
+            self.memory.sync_all().map_err(SnapshotFailed::io("write", &self.draft.memory()))?;
+            self.draft.sync()?;
+        }
         self.place.replace_with(&self.draft)?;
+        if self.lasts {
+            self.place.sync_parents()?;
+        }
         Ok(Base { id: manifest.id.clone(), place: self.place.clone() })
     }
 }

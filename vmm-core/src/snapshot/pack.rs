@@ -15,7 +15,7 @@ use super::memory_file::flat::{self, not_zero};
 use super::memory_file::{MemoryFileError, Run, check_pages};
 use super::place::{MANIFEST, MAX_MANIFEST, MEMORY, STATE, open_file};
 use super::state_file::{self, Sections};
-use super::{Draft, Place, Snapshot, SnapshotFailed, check_sections, disks, parse_manifest};
+use super::{Draft, Place, Snapshot, SnapshotFailed, SnapshotKind, check_sections, disks, parse_manifest};
 
 /// What is copied at a time.
 const PIECE: u64 = 1 << 20;
@@ -91,7 +91,7 @@ impl Snapshot {
             let runs = next(&map_of(MEMORY))?.runs(manifest.memory.bytes)?;
             check_pages(&runs, manifest.memory.bytes)?;
             let mut unpacked = Unpacked {
-                draft: Draft::begin(&Place::Dir(dir.into()))?,
+                draft: Draft::begin(&Place::Dir(dir.into()), SnapshotKind::Full)?,
                 manifest,
                 sections,
                 state,

@@ -134,7 +134,7 @@ impl Place {
         make().map_err(SnapshotFailed::io("make", &path))
     }
 
-    /// Writes state and manifest, so that they last.
+    /// Writes state and manifest.
     pub fn write(
         &self,
         mut sections: Sections,
@@ -150,14 +150,27 @@ impl Place {
             }
         };
         for (path, bytes) in files {
-            let write = || {
-                let mut file = create(&path)?;
-                file.write_all(&bytes)?;
-                file.sync_all()
-            };
+            let write = || create(&path)?.write_all(&bytes);
             write().map_err(SnapshotFailed::io("write", &path))?;
         }
         Ok(())
+    }
+
+    /// Makes what [`Self::write`] has written last.
+    pub fn sync(&self) -> Result<(), SnapshotFailed> {
+        let paths = match self {
+            Self::Dir(dir) => vec![dir.join(STATE), dir.join(MANIFEST), dir.clone()],
+            Self::Files { state, .. } => vec![state.clone()],
+        };
+        paths.iter().try_for_each(|path| sync(path).map_err(SnapshotFailed::io("write", path)))
+    }
+
+    /// Makes the names of what is here last.
+    pub fn sync_parents(&self) -> Result<(), SnapshotFailed> {
+        let (path, memory) = (self.path().parent(), self.memory());
+        let in_files = memory.parent().filter(|_| matches!(self, Self::Files { .. }));
+        let mut parents = path.into_iter().chain(in_files);
+        parents.try_for_each(sync).map_err(SnapshotFailed::io("write", self.path()))
     }
 
     /// Moves a draft that is whole here. What was here is gone, or still there after an error.
@@ -174,15 +187,12 @@ impl Place {
                 away.and_then(|()| fs::rename(new_memory, memory)).and_then(|()| fs::rename(new_state, state))
             }
             // What was there goes with the draft.
-            _ if self.path().exists() => sync_dir(draft.path()).and_then(|()| {
-                Ok(renameat_with(CWD, draft.path(), CWD, self.path(), RenameFlags::EXCHANGE)?)
-            }),
-            _ => sync_dir(draft.path()).and_then(|()| fs::rename(draft.path(), self.path())),
+            _ if self.path().exists() => {
+                renameat_with(CWD, draft.path(), CWD, self.path(), RenameFlags::EXCHANGE).map_err(Into::into)
+            }
+            _ => fs::rename(draft.path(), self.path()),
         };
-        moved.map_err(&error)?;
-        let (path, memory) = (self.path().parent(), self.memory());
-        let in_files = memory.parent().filter(|_| matches!(self, Self::Files { .. }));
-        path.into_iter().chain(in_files).try_for_each(sync_dir).map_err(error)
+        moved.map_err(error)
     }
 
     /// Removes a draft, or what is left of it.
@@ -389,7 +399,8 @@ fn remove_file(path: &Path) -> io::Result<()> {
     }
 }
 
-fn sync_dir(path: &Path) -> io::Result<()> {
+/// Makes a file or a directory last.
+fn sync(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 

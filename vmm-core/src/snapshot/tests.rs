@@ -180,8 +180,8 @@ fn what_a_killed_snapshot_left_goes_with_the_next_one_and_nothing_else_does() {
     fs::write(top.path().join(".s.0123abcd").join(MEMORY), [1]).unwrap();
     let others = [".s.0123abc", ".s.0123abcdx", ".s.wwwwwwww", ".t.0123abcd", "s.0123abcd"];
     others.iter().for_each(|other| fs::create_dir(top.path().join(other)).unwrap());
-    let first = Draft::begin(&Place::Dir(place.clone())).unwrap();
-    let second = Draft::begin(&Place::Dir(place.clone())).unwrap();
+    let first = Draft::begin(&Place::Dir(place.clone()), SnapshotKind::Full).unwrap();
+    let second = Draft::begin(&Place::Dir(place.clone()), SnapshotKind::Full).unwrap();
     assert!(first.draft.path().is_dir() && second.draft.path().is_dir(), "one at work stays");
     assert_eq!(names(top.path()).len(), others.len() + 2);
     drop((first, second));
@@ -194,7 +194,7 @@ fn what_a_killed_snapshot_left_goes_with_the_next_one_and_nothing_else_does() {
 fn only_a_snapshot_is_replaced_and_no_link_of_a_chain() {
     let top = tempfile::tempdir().unwrap();
     let at = |name: &str| top.path().join(name);
-    let begin = |name: &str| Draft::begin(&Place::Dir(at(name))).map(drop);
+    let begin = |name: &str| Draft::begin(&Place::Dir(at(name)), SnapshotKind::Full).map(drop);
     make(&at("base"));
     begin("base").unwrap();
     for text in ["{}", "{\"name\": \"a web app\"}", "{\"format\": 1}", "[]", ""] {

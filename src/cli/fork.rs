@@ -18,14 +18,14 @@ use rustix::process::{Pid, test_kill_process};
 use vmm_core::snapshot::{Hostname, MachineId, Persona};
 use vmm_core::{Snapshot, VmBuilder};
 
-use super::host::HostArgs;
+use super::host::{HostArgs, Launch};
 use super::machines::One;
 use super::snapshot::save;
 use super::{print, restore};
 use crate::exit::{ExitStatus, UsageError};
 use crate::machines::Machine;
 use crate::signals::{Cut, Ends};
-use children::Children;
+use children::{Answers, Children};
 
 /// How the names begin of directories for the snapshots of forks.
 const DIR: &str = "fork-";
@@ -92,11 +92,12 @@ fn fork(args: &ForkArgs, signals: &Ends) -> anyhow::Result<ExitStatus> {
         children.start(registered, |registered, start| {
             let builder = args.clone_of(&snapshot, &registered.machine().path(""), number)?;
             let command = restore::has_command(builder.config());
-            clones.run_as(|| Ok(Some(registered)), builder, (), command, logging.clone(), start)
+            let launch = Launch { builder, kept: (), command, logging: logging.clone(), start };
+            clones.run_as(|| Ok(Some(registered)), launch)
         })?;
         signals.look()?;
     }
-    let (running, failed) = children.wait(signals)?;
+    let Answers { running, failed } = children.wait(signals)?;
     let names: String = running.iter().map(|name| format!("{name}\n")).collect();
     let printed = print(names.as_bytes())?;
     match failed.first() {

@@ -69,6 +69,18 @@ pub struct HostArgs {
     in_background: bool,
 }
 
+/// A machine that is going to be built and run.
+pub struct Launch<K> {
+    pub builder: VmBuilder,
+    /// Stays open until it is built.
+    pub kept: K,
+    /// It runs for the sake of one command, whose exit status counts.
+    pub command: bool,
+    pub logging: Arc<Logging>,
+    /// When the process began.
+    pub start: Instant,
+}
+
 impl HostArgs {
     /// Begins to log. Called first, since everything else may have something to say.
     pub fn log(&self) -> anyhow::Result<Arc<Logging>> {
@@ -109,30 +121,19 @@ impl HostArgs {
         }
     }
 
-    /// Builds a machine and runs it to its end. `kept`: stays open until it is built. `command`: it runs for the sake of
-    /// one command, whose exit status counts. `start` is when the process began.
-    pub fn run(
-        &self,
-        builder: VmBuilder,
-        kept: impl Sized,
-        command: bool,
-        logging: Arc<Logging>,
-        start: Instant,
-    ) -> anyhow::Result<ExitStatus> {
+    /// Builds a machine and runs it to its end.
+    pub fn run(&self, launch: Launch<impl Sized>) -> anyhow::Result<ExitStatus> {
         let register = || self.name.as_ref().map(|name| self.state.open()?.register(name)).transpose();
-        self.run_as(register, builder, kept, command, logging, start)
+        self.run_as(register, launch)
     }
 
     /// As [`Self::run`], for a machine that gets its name by `register`.
     pub fn run_as(
         &self,
         register: impl FnOnce() -> anyhow::Result<Option<Registered>>,
-        builder: VmBuilder,
-        kept: impl Sized,
-        command: bool,
-        logging: Arc<Logging>,
-        start: Instant,
+        launch: Launch<impl Sized>,
     ) -> anyhow::Result<ExitStatus> {
+        let Launch { builder, kept, command, logging, start } = launch;
         let signals = SignalThread::start()?;
         let named = register()?;
         let machine = named.as_ref().map(Registered::machine);

@@ -12,7 +12,7 @@ use vmm_core::snapshot::memory_file::MemoryMode;
 use vmm_core::snapshot::{ClockMode, Hostname, MachineId, Persona};
 use vmm_core::{Snapshot, Vm, VmBuilder, VmConfig};
 
-use super::host::HostArgs;
+use super::host::{HostArgs, Launch};
 use super::run::named;
 use crate::exit::{ExitStatus, UsageError};
 
@@ -97,7 +97,7 @@ pub fn run(args: &RestoreArgs, start: Instant) -> anyhow::Result<ExitStatus> {
         .persona(persona)
         .other_processor(args.force);
     let command = has_command(builder.config());
-    args.host.run(builder, (), command, logging, start)
+    args.host.run(Launch { builder, kept: (), command, logging, start })
 }
 
 /// Prepares to build the machine that was saved, with `changes` of its devices, and others. `directory`: the machine's own.

@@ -20,7 +20,7 @@ use vmm_core::{Vm, VmConfig};
 pub use config::root_disk;
 
 use super::device_flags::DeviceFlags;
-use super::host::HostArgs;
+use super::host::{HostArgs, Launch};
 use crate::config_file;
 use crate::exit::{self, ExitStatus};
 use crate::images;
@@ -193,7 +193,8 @@ pub fn run(args: &RunArgs, start: Instant) -> anyhow::Result<ExitStatus> {
     }
     images::provide_kernel(&mut config, args.host.quiet)?;
     let root = own_root.then(|| images::provide_root(&mut config, args.host.quiet)).transpose()?;
-    args.host.run(Vm::builder(config), root, !args.command.is_empty(), logging, start)
+    let (builder, command) = (Vm::builder(config), !args.command.is_empty());
+    args.host.run(Launch { builder, kept: root, command, logging, start })
 }
 
 /// Checks what can be checked without making anything, and prints the configuration.

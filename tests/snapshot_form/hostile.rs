@@ -169,7 +169,7 @@ fn sections_that_are_twice_missing_unknown_or_of_another_version_are_refused_and
                 change(&mut parts[nth]);
                 with(parts)
             };
-            saved.refused(&name, &with([parts, &[part.clone()]].concat()), true)?;
+            saved.refused(&name, &with([parts, std::slice::from_ref(part)].concat()), true)?;
             let mut without = parts.to_vec();
             without.remove(nth);
             let said = saved.refused(&name, &with(without), true)?;

@@ -37,6 +37,15 @@ struct Child {
     answer: File,
 }
 
+/// What became of the clones that were begun.
+#[derive(Default)]
+pub struct Answers {
+    /// Names of those that run.
+    pub running: Vec<String>,
+    /// Names of the others, with the reason.
+    pub failed: Vec<(String, String)>,
+}
+
 impl Children {
     /// None yet.
     pub fn of(state: StateDir) -> Self {
@@ -66,9 +75,9 @@ impl Children {
         Ok(())
     }
 
-    /// Waits until each of them runs or has failed. Returns the names of those that run, and the others with the reason.
-    pub fn wait(mut self, signals: &Ends) -> Result<(Vec<String>, Vec<(String, String)>), Cut> {
-        let (mut running, mut failed) = (Vec::new(), Vec::new());
+    /// Waits until each of them runs or has failed.
+    pub fn wait(mut self, signals: &Ends) -> Result<Answers, Cut> {
+        let Answers { mut running, mut failed } = Answers::default();
         for child in &mut self.begun {
             signals.wait_for(&child.answer)?;
             let mut said = Vec::new();
@@ -89,7 +98,7 @@ impl Children {
             _ = self.state.remove(&child.machine);
         }
         self.begun.clear();
-        Ok((running, failed))
+        Ok(Answers { running, failed })
     }
 }
 
@@ -115,6 +124,7 @@ impl Drop for Children {
 }
 
 /// What the new process does: it is a machine in the background to everybody.
+#[expect(clippy::exit, reason = "it must not return into what its parent does")]
 fn be_child(
     registered: Registered,
     answer: OwnedFd,

@@ -136,8 +136,8 @@ impl PciAccess {
 /// Whether a kernel that knows ACPI is told not to look at it. The last word about it counts.
 fn without_acpi(cmdline: &str) -> bool {
     let (parameters, _) = split_command_line(cmdline);
-    let words = parameters.split_ascii_whitespace().filter(|word| word.starts_with("acpi="));
-    words.last() == Some("acpi=off")
+    let mut words = parameters.split_ascii_whitespace().filter(|word| word.starts_with("acpi="));
+    words.next_back() == Some("acpi=off")
 }
 
 /// The kernel command line of a machine with its devices in these places.

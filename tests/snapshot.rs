@@ -191,6 +191,8 @@ fn mistakes_are_one_sentence_and_leave_nothing() -> Result<()> {
     state.ok("run --detach --name tracked IDLE --track-dirty")?;
     state.ok("run --name ended SHORT")?;
     fs::create_dir(state.dir().join("taken"))?;
+    // What is named like this may be anybody's.
+    fs::create_dir(state.dir().join(".saved.20261128"))?;
     fs::write(state.dir().join("taken/file"), "mine")?;
     // A web application's, say.
     fs::create_dir(state.dir().join("app"))?;
@@ -214,13 +216,19 @@ fn mistakes_are_one_sentence_and_leave_nothing() -> Result<()> {
         assert!(said.contains(want), "{words}: {said}");
     }
     state.ok("snapshot web --to saved")?;
+    // What a clone was made of is gone, and what a base was replaced by is another one.
+    state.ok("fork tracked")?;
+    assert!(state.refused("snapshot tracked-1 --to x --diff", 1)?.contains("make a full snapshot first"));
+    state.ok("snapshot web --to base")?;
+    assert!(state.refused("snapshot tracked --to x --diff", 1)?.contains("make a full snapshot first"));
     state.refused("restore saved --name y --set vsock0.nonsense=1", 1)?;
     assert_eq!(fs::read(state.dir().join("taken/file"))?, b"mine");
     let mut there: Vec<_> =
         fs::read_dir(state.dir())?.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
     there.sort();
     assert!(state.dir().join("app/manifest.json").exists());
-    assert_eq!(there, ["app", "base", "idle", "saved", "short", "state", "taken", "tmp", "v.sock"]);
+    let names = ["app", "base", "idle", "saved", "short", "state", "taken", "tmp", "v.sock"];
+    assert_eq!(there, [&[".saved.20261128"], &names[..]].concat());
     assert!(state.ps()?.iter().all(|row| row["name"] != "y"), "{:?}", state.ps()?);
     Ok(())
 }

@@ -85,8 +85,12 @@ impl Control {
     pub fn begin_ahead(&mut self, kind: SnapshotKind) -> Result<Option<Running>, VmError> {
         let is_running = self.can_be_saved()?;
         let machine = self.machine.as_mut().ok_or(VmError::Gone)?;
-        base(machine, kind)?;
-        if !is_running {
+        if base(machine, kind)?.is_some_and(|(base, _)| !base.is_there()) {
+            let remedy = "the one that it was to be a difference to is gone; make a full snapshot first";
+            return Err(SnapshotFailed::NoBase { remedy }.into());
+        }
+        // What other processes write to shared memory is in no log.
+        if !is_running || machine.ram.shared_file().is_some() {
             return Ok(None);
         }
         machine.begin_log()?;
@@ -169,6 +173,7 @@ impl Control {
             (None, None) => touched(&machine.ram).map_err(failed)?,
         };
         memory.write(&machine.ram, &pages, &|| true).map_err(failed)?;
+        machine.check_memory()?;
         let (written, disks, aliases) = (memory.written(), Vec::new(), BTreeMap::new());
         Ok(Captured { sections, written, disks, config, aliases, paused: Duration::ZERO, diff })
     }

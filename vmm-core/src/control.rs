@@ -1,6 +1,7 @@
 //! The control thread: it owns a machine, and is the only one that changes its state.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -78,6 +79,8 @@ pub(crate) struct Shared {
     pub config: Mutex<VmConfig>,
     pub aliases: BTreeMap<String, String>,
     pub journal: Arc<Journal>,
+    /// A paused machine does not go on, whoever asks: it is being saved to be ended.
+    pub stands_still: AtomicBool,
 }
 
 impl Shared {
@@ -201,6 +204,9 @@ impl Control {
                 self.shared.lock().expect(&VmState::Running, VmState::Paused)?;
                 machine.pause()?;
                 self.shared.transition(VmState::Paused)?;
+            }
+            Command::Resume if self.shared.stands_still.load(Ordering::Acquire) => {
+                return Err(VmError::Saving);
             }
             Command::Resume => {
                 self.shared.lock().expect(&VmState::Paused, VmState::Running)?;

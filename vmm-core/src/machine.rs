@@ -20,7 +20,7 @@ use crate::event::{Journal, What};
 use crate::exits::ExitLog;
 use crate::hypervisor::saved::{ClockState, VcpuClock};
 use crate::hypervisor::{HvError, HvVm, Vcpu};
-use crate::memory::GuestRam;
+use crate::memory::{FaultsError, GuestRam};
 use crate::runner::{Runner, RunnerError, UnitHandle};
 use crate::snapshot::memory_file::Pages;
 use crate::snapshot::state_file::{SectionError, Sections};
@@ -479,9 +479,16 @@ impl Machine {
         }
     }
 
+    /// Fails if memory is lost, in whose place there may be zeroes.
+    pub fn check_memory(&self) -> Result<(), FaultsError> {
+        self.ram.faults().map_or(Ok(()), Faults::check)
+    }
+
     /// Lets devices, then vCPUs, go on.
     pub fn resume(&mut self) -> Result<(), VmError> {
         self.wake()?;
+        // Before anything runs on zeroes.
+        self.check_memory()?;
         self.console_output.set_open(false);
         self.units.iter().try_for_each(|(_, unit)| unit.set_paused(false))?;
         match self.idle.is_empty() {

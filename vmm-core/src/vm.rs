@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, TryLockError};
 use std::thread::JoinHandle;
@@ -19,10 +20,12 @@ use crate::event::{Events, What};
 use crate::exits::{ExitCount, ExitLog};
 use crate::hypervisor::HvError;
 use crate::machine::{Inbox, Machine, Milestones, Usage};
+use crate::memory::FaultsError;
 use crate::runner::{RunnerError, UnitHandle, UpdateFailed};
 use crate::snapshot::{DiskTarget, Draft, Place, Snapshot, SnapshotFailed, SnapshotKind, SnapshotReport};
 use crate::spans;
 use crate::state::{IllegalTransition, StopReason, VmState};
+use crate::uffd::Faults;
 
 /// How long the machine's usage is waited for while it is being saved.
 const USAGE_PATIENCE: Duration = Duration::from_millis(50);
@@ -50,6 +53,9 @@ pub enum VmError {
     /// A device's configuration could not be changed.
     #[error(transparent)]
     Update(#[from] UpdateError),
+    /// The machine's memory cannot be had.
+    #[error(transparent)]
+    Memory(#[from] FaultsError),
     /// A snapshot could not be made.
     #[error(transparent)]
     Snapshot(#[from] SnapshotFailed),
@@ -116,6 +122,10 @@ pub struct Vm {
     exits: Vec<Arc<ExitLog>>,
     /// One snapshot is made at a time.
     snapshots: Mutex<()>,
+    /// Who brings memory in, of a machine whose memory is not there yet.
+    faults: Option<Faults>,
+    /// Of a machine that was told to end: see [`Faults::end`].
+    ended: Mutex<Option<Sender<()>>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -161,10 +171,12 @@ impl Vm {
             config: Mutex::new(config),
             aliases,
             journal: machine.journal.clone(),
+            stands_still: AtomicBool::new(false),
         });
         shared.journal.record(What::State(state));
         let console_input = machine.console_input.clone();
         let (control, exits) = (machine.control.clone(), machine.exits.clone());
+        let faults = machine.ram.faults().cloned();
         let thread = std::thread::Builder::new().name("vm-control".into()).spawn({
             let (shared, inbox) = (shared.clone(), inbox.clone());
             let span = spans::thread(&machine.span, "control");
@@ -200,6 +212,8 @@ impl Vm {
             devices,
             exits,
             snapshots: Mutex::default(),
+            faults,
+            ended: Mutex::default(),
             thread: Some(thread),
         })
     }
@@ -240,6 +254,7 @@ impl Vm {
 
     /// Ends the machine at once, without asking the guest. No error if it has ended already.
     pub fn kill(&self) {
+        self.end_waits();
         // It fails only when the machine has ended.
         _ = self.command(Command::Kill);
     }
@@ -249,7 +264,24 @@ impl Vm {
         self.request(Command::Kill);
     }
 
+    /// Lets threads of a machine that ends not wait for memory that another process does not bring: the control thread may
+    /// be one of them.
+    fn end_waits(&self) {
+        let mut ended = self.ended.lock().unwrap_or_else(|e| e.into_inner());
+        if ended.is_none() {
+            *ended = self.faults.as_ref().and_then(Faults::end);
+        }
+    }
+
     fn request(&self, command: Command) {
+        let ends = match &command {
+            Command::Kill => true,
+            Command::Stop { grace } => grace.is_zero() || self.state() != VmState::Running,
+            _ => false,
+        };
+        if ends {
+            self.end_waits();
+        }
         let (reply, _) = mpsc::channel();
         // It fails only when the machine has ended.
         _ = self.control.send(Message::Command(command, reply));
@@ -305,11 +337,14 @@ impl Vm {
         if runs {
             self.pause()?;
         }
+        self.shared.stands_still.store(true, Ordering::Release);
         let made = save();
-        match &made {
-            Ok(_) => self.kill(),
-            Err(_) if runs => self.resume()?,
-            Err(_) => {}
+        if made.is_ok() {
+            self.kill();
+        }
+        self.shared.stands_still.store(false, Ordering::Release);
+        if made.is_err() && runs {
+            self.resume()?;
         }
         made
     }

@@ -78,7 +78,8 @@ impl Children {
     /// Waits until each of them runs or has failed.
     pub fn wait(mut self, signals: &Ends) -> Result<Answers, Cut> {
         let Answers { mut running, mut failed } = Answers::default();
-        for child in &mut self.begun {
+        let mut next = 0;
+        while let Some(child) = self.begun.get_mut(next) {
             signals.wait_for(&child.answer)?;
             let mut said = Vec::new();
             // Its end without a word is an answer too.
@@ -86,6 +87,7 @@ impl Children {
             let name = child.machine.name.clone();
             if said == detach::READY {
                 running.push(name);
+                next += 1;
                 continue;
             }
             let status = waitpid(Some(child.pid), WaitOptions::empty());
@@ -94,6 +96,8 @@ impl Children {
                 _ => String::from_utf8_lossy(&said).into_owned(),
             };
             failed.push((name, why));
+            // Its number may be another process's by now.
+            let child = self.begun.remove(next);
             // It has done so itself, unless it was killed.
             _ = self.state.remove(&child.machine);
         }

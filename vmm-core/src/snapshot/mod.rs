@@ -44,6 +44,8 @@ use place::Pin;
 pub(crate) use place::Place;
 use state_file::{SectionError, Sections};
 
+/// Most runs of pages that the diffs of a chain list in all: 128 MiB of memory.
+const MAX_LISTED: usize = 8 << 20;
 /// Most diffs, one over the other, that are restored together.
 const MAX_CHAIN: usize = 64;
 
@@ -426,15 +428,18 @@ fn links(place: &Place, manifest: &Manifest) -> Result<Vec<Link>, SnapshotFailed
     let bytes = manifest.memory.bytes;
     let mut links: Vec<Link> = Vec::new();
     let mut next = Some((place.clone(), manifest.clone()));
+    let mut listed = 0;
     while let Some((place, manifest)) = next.take() {
         let Some(diff) = &manifest.memory.diff else {
             links.push(Link { place, manifest, filled_up: false });
             break;
         };
-        if links.len() == MAX_CHAIN {
-            return Err(SnapshotFailed::Chain(links.swap_remove(0).place.path().into()));
+        listed += diff.pages.len();
+        let again = links.iter().any(|link| link.manifest.id == manifest.id);
+        if links.len() == MAX_CHAIN || listed > MAX_LISTED || again {
+            let top = links.first().map_or(&place, |link| &link.place);
+            return Err(SnapshotFailed::Chain(top.path().into()));
         }
-        // Before the next one is read, so that no chain takes more memory than its longest list.
         memory_file::check_pages(&diff.pages, bytes)?;
         // Clients of Firecracker put the pages of a diff over its base by themselves.
         let files = matches!(place, Place::Files { .. });
@@ -488,6 +493,17 @@ pub(crate) struct Captured {
 pub(crate) struct Base {
     pub id: String,
     pub place: Place,
+}
+
+impl Base {
+    /// Whether it still is where it was made. Clients of Firecracker may take its two files away, and put them together with the
+    /// diff by themselves.
+    pub fn is_there(&self) -> bool {
+        match &self.place {
+            Place::Dir(_) => read_manifest(&self.place).is_ok_and(|(manifest, _)| manifest.id == self.id),
+            Place::Files { .. } => true,
+        }
+    }
 }
 
 /// A snapshot in the making, beside its place. Dropped unfinished, it is gone.

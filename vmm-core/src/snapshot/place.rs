@@ -304,7 +304,8 @@ impl Pin {
 fn beginning(path: &Path) -> Option<OsString> {
     let mut name = OsString::from(".");
     name.push(path.file_name()?);
-    name.push(".");
+    // Not a name that people give: what nobody has locked is removed.
+    name.push(".vmm-draft.");
     Some(name)
 }
 

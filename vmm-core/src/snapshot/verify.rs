@@ -84,7 +84,12 @@ fn disk<'a>(config: &'a DeviceConfig, name: &str, sections: &Sections) -> Option
 
 /// Bytes of a file or a block device.
 fn size(path: &Path) -> io::Result<u64> {
-    // A pipe would wait for its other end.
+    // Opening some devices does something.
+    let kind = std::fs::metadata(path)?.file_type();
+    if !kind.is_file() && !kind.is_block_device() {
+        return Err(io::Error::other("it is neither a file nor a block device"));
+    }
+    // It may be a pipe by now, which would wait for its other end.
     let flags = OFlags::NONBLOCK.bits() as i32;
     let file = File::options().read(true).custom_flags(flags).open(path)?;
     let kind = file.metadata()?.file_type();

@@ -143,8 +143,8 @@ impl Filler {
     }
 
     /// Memory could not be read.
-    pub fn is_lost(&self) -> bool {
-        self.shared.loss().reason.is_some()
+    pub fn check(&self) -> Result<(), FaultsError> {
+        self.shared.loss().reason.clone().map_or(Ok(()), |reason| Err(FaultsError::Lost(reason)))
     }
 
     /// Nobody is to wait any more for memory that is lost.

@@ -47,6 +47,14 @@ impl Handler {
         })
     }
 
+    /// Fails if nobody waits for memory any more.
+    pub fn check(&self) -> Result<(), FaultsError> {
+        match &*self.fault.lock().unwrap_or_else(|e| e.into_inner()) {
+            Some(_) => Ok(()),
+            None => Err(FaultsError::Lost("the process that brings it in was given up".into())),
+        }
+    }
+
     /// What is not there is zeroes from now on.
     pub fn give_up(&self) {
         let fault = self.fault.lock().unwrap_or_else(|e| e.into_inner()).take();

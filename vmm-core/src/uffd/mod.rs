@@ -94,9 +94,14 @@ impl Faults {
 
     /// Memory is known to be lost.
     pub fn is_lost(&self) -> bool {
+        self.check().is_err()
+    }
+
+    /// Fails if memory is lost, in whose place there may be zeroes.
+    pub fn check(&self) -> Result<(), FaultsError> {
         match self {
-            Self::Filler(filler) => filler.is_lost(),
-            Self::Handler(_) => false,
+            Self::Filler(filler) => filler.check(),
+            Self::Handler(handler) => handler.check(),
         }
     }
 

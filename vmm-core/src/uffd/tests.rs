@@ -163,6 +163,7 @@ fn memory_that_cannot_be_read_ends_the_machine_and_nobody_waits_for_ever() {
         let waits = scope.spawn(|| get(&ram, 800));
         assert!(told.recv().unwrap().starts_with("cannot read the snapshot's memory"));
         assert!(faults.is_lost() && !waits.is_finished(), "nobody gets zeroes while the machine runs");
+        assert!(faults.check().unwrap_err().to_string().contains("is lost"), "nor is what follows saved");
         assert!(faults.end().is_none());
         assert_eq!(waits.join().unwrap(), 0);
     });

@@ -216,6 +216,8 @@ fn mistakes_are_one_sentence_and_leave_nothing() -> Result<()> {
         assert!(said.contains(want), "{words}: {said}");
     }
     state.ok("snapshot web --to saved")?;
+    fs::write(state.dir().join("saved/mine"), "mine")?;
+    assert!(state.refused("snapshot web --to saved", 1)?.contains("besides a snapshot"));
     // What a clone was made of is gone, and what a base was replaced by is another one.
     state.ok("fork tracked")?;
     assert!(state.refused("snapshot tracked-1 --to x --diff", 1)?.contains("make a full snapshot first"));
@@ -271,8 +273,8 @@ fn what_is_damaged_is_refused() -> Result<()> {
         ("state", pipe, "no regular file"),
         ("memory", pipe, "no regular file"),
         ("state", directory, "no regular file"),
-        ("manifest.json", endless, "no regular file"),
-        ("memory", endless, "no regular file"),
+        ("manifest.json", endless, "it is a link"),
+        ("memory", endless, "it is a link"),
     ] {
         state.ok("snapshot web --to saved")?;
         damage(&path(file))?;

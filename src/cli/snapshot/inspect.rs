@@ -34,7 +34,7 @@ pub fn run(dir: &Path, format: Format, verify: bool) -> anyhow::Result<ExitStatu
         Format::Table => {
             let mut text = explain(&snapshot, &chain);
             if verify {
-                text += "\nAll of it was read, and it is what was saved.\n";
+                text += "\nMemory and state were read, and are what was saved.\n";
             }
             print(text.as_bytes())
         }

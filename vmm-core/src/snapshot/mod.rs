@@ -115,6 +115,9 @@ pub enum SnapshotFailed {
     /// The place for a snapshot is taken.
     #[error("'{path}' is there already and is no snapshot; choose another place", path = .0.display())]
     Taken(PathBuf),
+    /// Replacing a snapshot would take along what else is in its directory.
+    #[error("'{path}' has something besides a snapshot in it, which would go with it; choose another place", path = .0.display())]
+    NotAlone(PathBuf),
     /// One file for two purposes.
     #[error("'{path}' cannot be both the state and the memory of a snapshot; choose two files", path = .0.display())]
     OneFile(PathBuf),

@@ -13,6 +13,7 @@ use rustix::fs::{CWD, FlockOperation, OFlags, RenameFlags, flock, renameat_with}
 use super::manifest::{Diff, FORMAT};
 use super::state_file::{self, SectionError, Sections};
 use super::{Base, MAX_CHAIN, Run, SnapshotFailed, random, read_manifest};
+use crate::uffd::TOUCHED;
 
 /// Names of the files in a directory.
 pub(super) const MANIFEST: &str = "manifest.json";
@@ -89,9 +90,7 @@ impl Place {
     /// Makes a place beside this one, with an empty memory file; for a directory also its lock, which says that somebody is
     /// at work in it. Nothing is left after an error.
     pub fn begin_draft(&self) -> Result<(Self, File, Option<File>), SnapshotFailed> {
-        if let Some(taken) = self.taken() {
-            return Err(SnapshotFailed::Taken(taken));
-        }
+        self.check_free()?;
         let draft = match self {
             Self::Dir(dir) => {
                 remove_left(dir);
@@ -177,9 +176,7 @@ impl Place {
     pub fn replace_with(&self, draft: &Self) -> Result<(), SnapshotFailed> {
         let error = SnapshotFailed::io("write", self.path());
         // It may have come meanwhile.
-        if let Some(taken) = self.taken() {
-            return Err(SnapshotFailed::Taken(taken));
-        }
+        self.check_free()?;
         let moved = match (self, draft) {
             (Self::Files { state, memory }, Self::Files { state: new_state, memory: new_memory }) => {
                 // Never an old state with a new memory: rather none.
@@ -203,20 +200,31 @@ impl Place {
         };
     }
 
-    /// Something that is here and is neither a snapshot nor empty.
-    fn taken(&self) -> Option<PathBuf> {
+    /// Fails if something is here that is neither a snapshot nor empty.
+    fn check_free(&self) -> Result<(), SnapshotFailed> {
         match self {
             Self::Dir(dir) => {
-                let taken = match fs::read_dir(dir) {
-                    Ok(mut entries) => entries.next().is_some() && !is_snapshot(dir),
-                    Err(error) => error.kind() != io::ErrorKind::NotFound,
+                let taken = || SnapshotFailed::Taken(dir.clone());
+                let there: Vec<OsString> = match fs::read_dir(dir) {
+                    Ok(entries) => entries.flatten().map(|entry| entry.file_name()).collect(),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+                    Err(_) => return Err(taken()),
                 };
-                taken.then(|| dir.clone())
+                if there.is_empty() {
+                    return Ok(());
+                }
+                let own = own_files(dir).ok_or_else(taken)?;
+                // It goes with the snapshot that is replaced.
+                match there.iter().all(|name| own.iter().any(|own| own.as_str() == name)) {
+                    true => Ok(()),
+                    false => Err(SnapshotFailed::NotAlone(dir.clone())),
+                }
             }
             // Whether a memory is a memory, nobody can say.
             Self::Files { state, memory } => {
                 let other = |path: &&PathBuf| fs::symlink_metadata(path).is_ok_and(|meta| !meta.is_file());
-                [state, memory].into_iter().find(other).cloned()
+                let taken = [state, memory].into_iter().find(other);
+                taken.map_or(Ok(()), |path| Err(SnapshotFailed::Taken(path.clone())))
             }
         }
     }
@@ -316,8 +324,13 @@ fn beside(path: &Path) -> Result<PathBuf, SnapshotFailed> {
     Ok(path.with_file_name(name))
 }
 
-/// Whether a directory has the manifest of a snapshot, of whatever version: others have files of that name, too.
-fn is_snapshot(dir: &Path) -> bool {
+/// Names of the files of the snapshot in a directory, of whatever version; `None` if its manifest is none: others have files
+/// of that name, too.
+fn own_files(dir: &Path) -> Option<Vec<String>> {
+    #[derive(serde::Deserialize)]
+    struct Disk {
+        file: String,
+    }
     #[derive(serde::Deserialize)]
     struct Known {
         #[serde(rename = "format")]
@@ -326,9 +339,13 @@ fn is_snapshot(dir: &Path) -> bool {
         _id: String,
         #[serde(rename = "state_crc32")]
         _state: u32,
+        #[serde(default)]
+        disks: Vec<Disk>,
     }
-    let text = read_at_most(&dir.join(MANIFEST), MAX_MANIFEST);
-    text.is_ok_and(|text| serde_json::from_slice::<Known>(&text).is_ok())
+    let text = read_at_most(&dir.join(MANIFEST), MAX_MANIFEST).ok()?;
+    let known: Known = serde_json::from_slice(&text).ok()?;
+    let files = [MANIFEST, STATE, MEMORY, TOUCHED].map(String::from);
+    Some(files.into_iter().chain(known.disks.into_iter().map(|disk| disk.file)).collect())
 }
 
 /// Removes what snapshots to the directory `place` have left that were killed: directories beside it that nobody has locked.

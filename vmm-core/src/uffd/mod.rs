@@ -14,7 +14,7 @@ use std::time::Duration;
 
 pub(crate) use filler::Filler;
 pub(crate) use handler::Handler;
-pub(crate) use touched::TouchedFile;
+pub(crate) use touched::{NAME as TOUCHED, TouchedFile};
 
 use crate::memory::{GuestRam, RamRegion};
 use crate::snapshot::memory_file::Pages;

@@ -411,7 +411,7 @@ fn events_are_told_from_the_start_to_the_end() -> Result<()> {
     let states: Vec<_> = events.filter_map(|event| event["state"].as_str().map(str::to_owned)).collect();
     assert_eq!(states, ["created", "running", "paused", "running", "stopping", "stopped"]);
     let output = program.wait()?;
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(output.status.code(), Some(1), "it was killed: {output:?}");
     assert!(!setup.path("api.sock").exists());
     Ok(())
 }

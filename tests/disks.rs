@@ -267,7 +267,7 @@ fn a_disk_that_is_damaged_or_elsewhere_is_refused() -> Result<()> {
         ("\"disk1.raw\"", "\"../data.img\"", "no file in its directory"),
         ("\"disk1.raw\"", "\"/etc/passwd\"", "no file in its directory"),
         ("\"disk1.raw\"", "\"..\"", "no file in its directory"),
-        ("\"disk1.raw\"", "\"state\"", "bytes"),
+        ("\"disk1.raw\"", "\"state\"", "two files"),
         ("\"disk1.raw\"", "\"missing\"", "missing"),
         ("\"raw\"", "\"vmdk\"", "not known"),
         ("\"device\": \"disk1\"", "\"device\": \"disk7\"", "disk7"),

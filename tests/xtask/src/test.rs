@@ -42,8 +42,8 @@ const LOCAL_TESTS: &str = "binary(console) | binary(api) | binary(api_properties
     binary(lifecycle) | binary(host_agent) | binary(snapshot) | binary(snapshot_crash) | binary(snapshot_tools) | \
     binary(snapshot_truth) | binary(clones) | binary(disks) | binary(forks)";
 /// For the linker and for what tests use on this machine.
-const PACKAGES: [&str; 8] =
-    ["gcc", "g++", "libc6-dev", "iproute2", "e2fsprogs", "xfsprogs", "passt", "python3-pip"];
+const PACKAGES: [&str; 9] =
+    ["cpio", "gcc", "g++", "libc6-dev", "iproute2", "e2fsprogs", "xfsprogs", "passt", "python3-pip"];
 
 impl Test {
     /// Runs what was asked for. The last line has the totals.

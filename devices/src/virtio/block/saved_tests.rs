@@ -132,7 +132,9 @@ fn an_image_is_saved_as_it_is_and_finds_its_backing_file() {
         let storage = clone.storage().expect("a disk");
         let saved = save(clone, &elsewhere, &format!("clone-{number}"));
         let again = Config { private: true, ..begun(&top, &saved, storage.format) };
-        assert!(read(&mut driver(&again), 0, MIB as usize) == want, "{}", storage.format);
+        let (mut again, half) = (driver(&again), MIB as usize / 2);
+        let halves = [read(&mut again, 0, half), read(&mut again, half as u64 / 512, half)];
+        assert!(halves.concat() == want, "{}", storage.format);
     }
     assert!(bytes(&saved) == before);
 }

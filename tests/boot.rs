@@ -33,7 +33,7 @@ fn linux_and_pvh_entry_both_work() -> Result<()> {
 fn a_kernel_without_acpi_finds_its_devices_on_the_command_line() -> Result<()> {
     let run = Guest::new()
         .append("acpi=off pci=off")
-        .shell("ls /sys/bus/virtio/devices; ls -d /sys/firmware/acpi")
+        .shell("ls -1 /sys/bus/virtio/devices; ls -d /sys/firmware/acpi")
         .run()?;
     run.ok()?.expect_line("virtio0")?;
     assert!(!run.console.contains("\n/sys/firmware/acpi\n"), "{}", run.console);

@@ -176,9 +176,17 @@ fn what_a_killed_snapshot_left_goes_with_the_next_one_and_nothing_else_does() {
         names.sort();
         names
     };
-    fs::create_dir(top.path().join(".s.0123abcd")).unwrap();
-    fs::write(top.path().join(".s.0123abcd").join(MEMORY), [1]).unwrap();
-    let others = [".s.0123abc", ".s.0123abcdx", ".s.wwwwwwww", ".t.0123abcd", "s.0123abcd"];
+    let draft = top.path().join(".s.vmm-draft.0123abcd");
+    fs::create_dir(&draft).unwrap();
+    fs::write(draft.join(MEMORY), [1]).unwrap();
+    let others = [
+        ".s.20261128",
+        ".s.vmm-draft.0123abc",
+        ".s.vmm-draft.0123abcdx",
+        ".s.vmm-draft.wwwwwwww",
+        ".t.vmm-draft.0123abcd",
+        "s.vmm-draft.0123abcd",
+    ];
     others.iter().for_each(|other| fs::create_dir(top.path().join(other)).unwrap());
     let first = Draft::begin(&Place::Dir(place.clone()), SnapshotKind::Full).unwrap();
     let second = Draft::begin(&Place::Dir(place.clone()), SnapshotKind::Full).unwrap();

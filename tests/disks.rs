@@ -23,14 +23,7 @@ fn machines() -> Result<Machines> {
 
 /// Starts a guest in the background that runs a line of shell, with its root on an image that it only reads.
 fn start(state: &Machines, words: &str, line: &str) -> Result<()> {
-    let root = format!("{},ro", harness::demo_image()?.display());
-    run(state, &format!("run -q --detach --rootfs {root} {words}"), line)
-}
-
-fn run(state: &Machines, words: &str, line: &str) -> Result<()> {
-    let output = state.command(words).args(["--", "sh", "-c", line]).output()?;
-    ensure!(output.status.success(), "{words}: {output:?}");
-    Ok(())
+    state.shell_read_only(&format!("run -q --detach {words}"), line)
 }
 
 /// The last number that a guest has said in a whole line.
@@ -175,7 +168,7 @@ fn a_plain_run_is_forked_three_times() -> Result<()> {
     let line = "i=0; echo begun > /root/mine; while i=$((i+1)); do sync; cat /root/mine | sed s/^/file:/; \
                 echo $i-$RANDOM-$(cat /proc/sys/kernel/random/uuid) >> /root/all; \
                 [ $(wc -l < /root/all) = $i ] && echo n$i || echo wrong; sleep 0.05; done";
-    run(&state, "run -q --detach --name web --memory 128M", line)?;
+    state.shell("run -q --detach --name web --memory 128M", line)?;
     wait_beyond(&state, "web", 3)?;
     let names = state.ok("fork web -n 3")?;
     let names: Vec<&str> = names.lines().collect();
@@ -362,8 +355,7 @@ fn fio_verifies_to_the_end_in_parent_and_clones() -> Result<()> {
     let state = machines()?;
     File::create(state.dir().join("data.img"))?.set_len(32 << 20)?;
     let root = format!("{},ro", tools_image()?.display());
-    run(
-        &state,
+    state.shell(
         &format!("run -q --detach --rootfs {root} --name web --memory 256M --disk data.img"),
         VERIFY,
     )?;

@@ -189,13 +189,7 @@ fn whoever_is_killed_wherever_it_is_every_command_works() -> Result<()> {
         }
     }
     // Starts whose command was killed may still be on their way.
-    let end = Instant::now() + DEADLINE;
-    while !(machines.ps()?.is_empty() && machines.processes()?.is_empty()) {
-        ensure!(Instant::now() < end, "{:?} {:?}", machines.ps()?, machines.processes()?);
-        for row in machines.ps()? {
-            _ = machines.output(&format!("rm --force {}", row["name"].as_str().unwrap_or_default()))?;
-        }
-    }
+    machines.rm_all()?;
     // And the next one removes what is left of those that were killed in between.
     machines.ok("run --detach --name last IDLE")?;
     machines.ok("rm --force last")?;

@@ -27,9 +27,7 @@ fn machines() -> Result<Machines> {
 
 /// Starts a guest in the background that runs a line of shell, and waits until it is ready.
 fn start(state: &Machines, words: &str, line: &str) -> Result<()> {
-    let root = format!("{},ro", harness::demo_image()?.display());
-    let output = state.command(words).args(["--rootfs", &root, "--", "sh", "-c", line]).output()?;
-    ensure!(output.status.success(), "{words}: {output:?}");
+    state.shell_read_only(words, line)?;
     state.expect_log("web", "ready")
 }
 

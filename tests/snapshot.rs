@@ -34,15 +34,6 @@ fn machines() -> Result<Machines> {
     Machines::new(env!("CARGO_BIN_EXE_vmm"))
 }
 
-/// Starts a guest in the background that runs a line of shell.
-fn start(state: &Machines, words: &str, line: &str) -> Result<()> {
-    // Not the command's own one, which is a file without a name.
-    let root = format!("{},ro", harness::demo_image()?.display());
-    let output = state.command(words).args(["--rootfs", &root, "--", "sh", "-c", line]).output()?;
-    ensure!(output.status.success(), "{words}: {output:?}");
-    Ok(())
-}
-
 /// The numbers that a log has after `word`, in the order of its lines; the last line may not be whole.
 fn numbers(log: &str, word: &str) -> Vec<u32> {
     let whole = log.rsplit_once('\n').map_or("", |(whole, _)| whole);
@@ -65,7 +56,7 @@ fn wait_numbers(state: &Machines, name: &str, word: &str, count: usize) -> Resul
 #[test]
 fn what_was_saved_goes_on_where_it_was_and_so_does_its_parent() -> Result<()> {
     let state = machines()?;
-    start(&state, "run -q --detach --name web", COUNT)?;
+    state.shell_read_only("run -q --detach --name web", COUNT)?;
     let before = wait_numbers(&state, "web", "n", 5)?.len();
     state.ok("snapshot web --to saved")?;
     let after = wait_numbers(&state, "web", "n", before)?.len();
@@ -86,7 +77,7 @@ fn what_was_saved_goes_on_where_it_was_and_so_does_its_parent() -> Result<()> {
 #[test]
 fn what_is_saved_to_be_stopped_does_not_run_again() -> Result<()> {
     let state = machines()?;
-    start(&state, "run -q --detach --name web", "i=0; while i=$((i+1)); do echo n$i; done")?;
+    state.shell_read_only("run -q --detach --name web", "i=0; while i=$((i+1)); do echo n$i; done")?;
     wait_numbers(&state, "web", "n", 100)?;
     state.ok("snapshot web --to saved --stop")?;
     assert_eq!(state.ps()?[0]["state"], "ended");
@@ -102,7 +93,7 @@ fn what_is_saved_to_be_stopped_does_not_run_again() -> Result<()> {
 #[test]
 fn every_link_of_a_chain_of_diffs_is_right() -> Result<()> {
     let state = machines()?;
-    start(&state, "run -q --detach --name web --track-dirty", CHECK)?;
+    state.shell_read_only("run -q --detach --name web --track-dirty", CHECK)?;
     for (to, more) in [("a", ""), ("b", "--diff"), ("c", "--diff"), ("d", "--diff")] {
         let now = numbers(&state.ok("logs web")?, "right ").len();
         wait_numbers(&state, "web", "right ", now + 2)?;
@@ -135,8 +126,8 @@ fn goes_on(state: &Machines, from: &str, how: &str) -> Result<()> {
 #[test]
 fn memory_that_is_written_hard_while_it_is_saved_is_right() -> Result<()> {
     let state = machines()?;
-    start(&state, "run -q --detach --name plain", HARD)?;
-    start(&state, "run -q --detach --name tracked --track-dirty --mem-shared", HARD)?;
+    state.shell_read_only("run -q --detach --name plain", HARD)?;
+    state.shell_read_only("run -q --detach --name tracked --track-dirty --mem-shared", HARD)?;
     for (name, to, how) in
         [("plain", "a", ""), ("tracked", "b", ""), ("tracked", "c", "--diff"), ("tracked", "d", "--diff")]
     {
@@ -170,7 +161,7 @@ fn memory_that_is_written_hard_while_it_is_saved_is_right() -> Result<()> {
 #[test]
 fn ten_clones_all_answer() -> Result<()> {
     let state = machines()?;
-    start(&state, "run -q --detach --name web --memory 64M", COUNT)?;
+    state.shell_read_only("run -q --detach --name web --memory 64M", COUNT)?;
     wait_numbers(&state, "web", "n", 3)?;
     let names = state.ok("fork web -n 10")?;
     let names: Vec<&str> = names.lines().collect();

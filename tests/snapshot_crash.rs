@@ -167,11 +167,7 @@ fn whoever_is_killed_in_a_fork_the_others_go_on_and_nothing_is_left() -> Result<
             machines.ok("resume web")?;
         }
         // A clone whose starter was killed may still be on its way.
-        while !(machines.processes()?.is_empty() && machines.ps()?.is_empty()) {
-            for row in machines.ps()? {
-                _ = machines.output(&format!("rm --force {}", row["name"].as_str().unwrap_or_default()))?;
-            }
-        }
+        machines.rm_all()?;
     }
     machines.ok("run --detach --name web IDLE")?;
     machines.ok("rm --force web")?;

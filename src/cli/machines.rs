@@ -190,7 +190,7 @@ pub enum MachineCommand {
     },
     /// Change a device of a running machine
     #[command(
-        after_help = "Examples:\n  vmm update web disk0 bandwidth=10M/1s\n  vmm update web balloon0 size=128M\n  vmm update web disk1 path=new.img"
+        after_help = "Examples:\n  vmm update web rootfs bandwidth=10M/1s\n  vmm update web balloon0 size=128M\n  vmm update web disk1 path=new.img"
     )]
     Update {
         #[command(flatten)]

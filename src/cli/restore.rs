@@ -27,7 +27,7 @@ pub struct RestoreArgs {
     #[arg(value_name = "DIR")]
     dir: PathBuf,
 
-    /// Change what a device is on the host, such as disk0.path=FILE; repeat for more
+    /// Change what a device is on the host, such as disk1.path=FILE; repeat for more
     ///
     /// Devices and keys are those of the configuration in the snapshot's manifest. What the guest sees of a device must
     /// stay, but for its MAC address and CID. A disk with another path is used as it is, and not what was saved of it; a
@@ -74,7 +74,7 @@ const EXAMPLES: &str = "\
 Examples:
   vmm snapshot web --to web.snapshot
   vmm restore web.snapshot --name web2 --detach
-  vmm restore web.snapshot --set disk0.path=copy.img --set net0.tap=tap1";
+  vmm restore web.snapshot --set disk1.path=copy.img --set net0.tap=tap1";
 
 /// Runs the subcommand. `start` is when the process began.
 pub fn run(args: &RestoreArgs, start: Instant) -> anyhow::Result<ExitStatus> {

@@ -27,7 +27,7 @@ pub(crate) struct Running {
 pub(crate) struct Ahead<'a> {
     control: &'a Sender<Message>,
     running: Running,
-    /// It is to be there after a crash of the host.
+    /// See [`SnapshotKind::lasts`].
     lasts: bool,
 }
 
@@ -35,8 +35,7 @@ impl<'a> Ahead<'a> {
     /// Begins to log what is written; `None` if the machine stands still anyway.
     pub fn begin(control: &'a Sender<Message>, kind: SnapshotKind) -> Result<Option<Self>, VmError> {
         let running = ask(control, |reply| Message::BeginAhead { kind, reply })?;
-        let lasts = kind != SnapshotKind::Clones;
-        Ok(running.map(|running| Self { control, running, lasts }))
+        Ok(running.map(|running| Self { control, running, lasts: kind.lasts() }))
     }
 
     /// Writes the memory, and then what was written meanwhile. A third time would hardly find less.

@@ -26,10 +26,19 @@ pub(crate) enum Command {
     Start,
     Pause,
     Resume,
-    Kill,
     Stop { grace: Duration },
     PowerButton,
     Update { name: String, patch: Patch },
+}
+
+impl Command {
+    /// Ends the machine, whatever its guest does.
+    pub const KILL: Self = Self::Stop { grace: Duration::ZERO };
+
+    /// Whether it ends a machine in this state without asking its guest, which has nothing to lose where it does not run.
+    pub fn ends_at_once(&self, state: &VmState) -> bool {
+        matches!(self, Self::Stop { grace } if grace.is_zero() || *state != VmState::Running)
+    }
 }
 
 /// What reaches the control thread.
@@ -191,6 +200,7 @@ impl Control {
 
     fn command(&mut self, command: Command) -> Result<(), VmError> {
         let machine = self.machine.as_mut().ok_or(VmError::Gone)?;
+        let ends = command.ends_at_once(&self.shared.lock());
         match command {
             Command::Start => {
                 self.shared.lock().expect(&VmState::Created, VmState::Running)?;
@@ -213,17 +223,12 @@ impl Control {
                 machine.resume()?;
                 self.shared.transition(VmState::Running)?;
             }
-            Command::Kill => self.stop(StopReason::Requested),
+            Command::Stop { .. } if ends => self.stop(StopReason::Requested),
             Command::Stop { grace } => {
-                let running = *self.shared.lock() == VmState::Running;
-                if !running || grace.is_zero() {
-                    self.stop(StopReason::Requested);
-                } else {
-                    let now = Instant::now();
-                    // Beyond what a clock can say there is no deadline.
-                    self.kill_at = self.kill_at.into_iter().chain(now.checked_add(grace)).min();
-                    self.ask_to_switch_off(now);
-                }
+                let now = Instant::now();
+                // Beyond what a clock can say there is no deadline.
+                self.kill_at = self.kill_at.into_iter().chain(now.checked_add(grace)).min();
+                self.ask_to_switch_off(now);
             }
             Command::PowerButton => machine.press_power_button(),
             Command::Update { name, patch } => {

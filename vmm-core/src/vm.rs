@@ -256,12 +256,12 @@ impl Vm {
     pub fn kill(&self) {
         self.end_waits();
         // It fails only when the machine has ended.
-        _ = self.command(Command::Kill);
+        _ = self.command(Command::KILL);
     }
 
     /// As [`Self::kill`], but does not wait for it: for threads that must stay free.
     pub fn request_kill(&self) {
-        self.request(Command::Kill);
+        self.request(Command::KILL);
     }
 
     /// Lets threads of a machine that ends not wait for memory that another process does not bring: the control thread may
@@ -274,12 +274,7 @@ impl Vm {
     }
 
     fn request(&self, command: Command) {
-        let ends = match &command {
-            Command::Kill => true,
-            Command::Stop { grace } => grace.is_zero() || self.state() != VmState::Running,
-            _ => false,
-        };
-        if ends {
+        if command.ends_at_once(&self.state()) {
             self.end_waits();
         }
         let (reply, _) = mpsc::channel();
@@ -372,7 +367,7 @@ impl Vm {
         let captured = capture::ask(&self.control, capture)?;
         drop(ahead);
         let (report, base) = draft.finish(captured)?;
-        if kind != SnapshotKind::Clones {
+        if kind.lasts() {
             // It fails only when the machine has ended.
             _ = self.control.send(Message::Captured(base));
         }

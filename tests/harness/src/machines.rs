@@ -80,6 +80,35 @@ impl Machines {
         Ok(String::from_utf8(output.stdout)?)
     }
 
+    /// As [`Self::ok`], with a guest that runs a line of shell.
+    pub fn shell(&self, words: &str, line: &str) -> Result<()> {
+        let output = self.command(words).args(["--", "sh", "-c", line]).output()?;
+        ensure!(output.status.success(), "vmm {words}: {output:?}");
+        Ok(())
+    }
+
+    /// As [`Self::shell`], on our root file system, which all of them can only read.
+    pub fn shell_read_only(&self, words: &str, line: &str) -> Result<()> {
+        self.shell(&format!("{words} --rootfs {},ro", crate::demo_image()?.display()), line)
+    }
+
+    /// Removes all machines, and those that are still on their way.
+    pub fn rm_all(&self) -> Result<()> {
+        let end = Instant::now() + Duration::from_secs(60);
+        while !(self.ps()?.is_empty() && self.processes()?.is_empty()) {
+            ensure!(Instant::now() < end, "{:?} {:?}", self.ps()?, self.processes()?);
+            self.try_rm_all();
+        }
+        Ok(())
+    }
+
+    /// Removes those that there are now, as far as they can be.
+    fn try_rm_all(&self) {
+        for row in self.ps().unwrap_or_default() {
+            _ = self.output(&format!("rm --force {}", row["name"].as_str().unwrap_or_default()));
+        }
+    }
+
     /// What a command says that has to fail with this status.
     pub fn refused(&self, words: &str, status: i32) -> Result<String> {
         let output = self.output(words)?;
@@ -154,8 +183,6 @@ impl Machines {
 
 impl Drop for Machines {
     fn drop(&mut self) {
-        for row in self.ps().unwrap_or_default() {
-            _ = self.output(&format!("rm --force {}", row["name"].as_str().unwrap_or_default()));
-        }
+        self.try_rm_all();
     }
 }

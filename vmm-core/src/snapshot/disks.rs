@@ -63,11 +63,13 @@ impl DiskTarget {
 }
 
 impl SavedDisk {
-    /// Makes it last, and tells what it is.
-    pub fn finish(self, draft: &Place) -> Result<DiskFile, SnapshotFailed> {
-        let path = draft.path().join(&self.name);
+    /// Makes it last, if its snapshot shall, and tells what it is.
+    pub fn finish(self, draft: &Draft) -> Result<DiskFile, SnapshotFailed> {
+        let path = draft.draft.path().join(&self.name);
         let failed = SnapshotFailed::io("write", &path);
-        self.file.sync_all().map_err(&failed)?;
+        if draft.lasts {
+            self.file.sync_all().map_err(&failed)?;
+        }
         let bytes = self.file.metadata().map_err(failed)?.len();
         Ok(DiskFile { device: self.device, file: self.name, format: self.format.into(), bytes })
     }

@@ -77,6 +77,13 @@ pub enum SnapshotKind {
 /// How often a snapshot is opened anew that is replaced while it is opened.
 const MAX_REPLACED: usize = 8;
 
+impl SnapshotKind {
+    /// Whether it is to be there after the host has failed.
+    pub(crate) fn lasts(self) -> bool {
+        self != Self::Clones
+    }
+}
+
 /// What a restored guest makes of the time that it slept.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -525,8 +532,7 @@ impl Draft {
     pub fn begin(place: &Place, kind: SnapshotKind) -> Result<Self, SnapshotFailed> {
         let place = place.absolute()?;
         let (draft, memory, lock) = place.begin_draft()?;
-        let lasts = kind != SnapshotKind::Clones;
-        Ok(Self { place, draft, memory: memory.into(), lasts, _lock: lock })
+        Ok(Self { place, draft, memory: memory.into(), lasts: kind.lasts(), _lock: lock })
     }
 
     /// Makes a file for a disk: to be kept, and to be written.
@@ -574,7 +580,7 @@ impl Draft {
                     .map(|(base, pages)| self.place.diff(base, pages.runs(0, bytes).collect()))
                     .transpose()?,
             },
-            disks: disks.into_iter().map(|disk| disk.finish(&self.draft)).collect::<Result<_, _>>()?,
+            disks: disks.into_iter().map(|disk| disk.finish(&self)).collect::<Result<_, _>>()?,
             config,
             aliases,
             state_bytes: state.len() as u64,

@@ -1,6 +1,6 @@
 //! What restoring does not look at, because it would take reading everything, or because it may change before.
 
-use std::fs::File;
+use std::fs::{self, File, Metadata};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
@@ -84,17 +84,18 @@ fn disk<'a>(config: &'a DeviceConfig, name: &str, sections: &Sections) -> Option
 
 /// Bytes of a file or a block device.
 fn size(path: &Path) -> io::Result<u64> {
+    let check = |meta: Metadata| {
+        let kind = meta.file_type();
+        match kind.is_file() || kind.is_block_device() {
+            true => Ok(()),
+            false => Err(io::Error::other("it is neither a file nor a block device")),
+        }
+    };
     // Opening some devices does something.
-    let kind = std::fs::metadata(path)?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(io::Error::other("it is neither a file nor a block device"));
-    }
+    check(fs::metadata(path)?)?;
     // It may be a pipe by now, which would wait for its other end.
     let flags = OFlags::NONBLOCK.bits() as i32;
     let file = File::options().read(true).custom_flags(flags).open(path)?;
-    let kind = file.metadata()?.file_type();
-    match kind.is_file() || kind.is_block_device() {
-        true => Ok(seek(&file, SeekFrom::End(0))?),
-        false => Err(io::Error::other("it is neither a file nor a block device")),
-    }
+    check(file.metadata()?)?;
+    Ok(seek(&file, SeekFrom::End(0))?)
 }

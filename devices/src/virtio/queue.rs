@@ -88,6 +88,8 @@ pub struct QueueCore {
     began: u16,
     /// The last look at the available ring found nothing.
     dry: bool,
+    /// In this turn, chains were left alone, and the driver's next one is waited for: behind this position.
+    left: Option<u16>,
     /// Which throttle it is subject to.
     lane: usize,
     /// Chains wait for that throttle's tokens.
@@ -184,6 +186,7 @@ impl QueueCore {
             patience: None,
             began: 0,
             dry: false,
+            left: None,
             lane: 0,
             throttled: false,
             waits: 0,
@@ -355,7 +358,12 @@ impl QueueCore {
         if !self.is_usable() {
             return false;
         }
-        match self.ring.enable_notification(mem) {
+        let position = self.position();
+        // With event index, the driver kicks when it passes the position that it is told.
+        self.ring.set_next_avail(self.left.unwrap_or(position));
+        let enabled = self.ring.enable_notification(mem);
+        self.ring.set_next_avail(position);
+        match enabled {
             Ok(more) => more,
             Err(_) => self.break_with(Fault::Memory),
         }
@@ -369,11 +377,17 @@ impl QueueCore {
     /// A turn begins.
     pub fn begin_turn(&mut self) {
         self.began = self.position();
+        self.left = None;
     }
 
     /// Whether chains were popped in this turn.
     pub fn has_moved(&self) -> bool {
         self.position() != self.began
+    }
+
+    /// Whether the driver's next chain is waited for, behind those that were left alone.
+    pub fn waits_for_more(&self) -> bool {
+        self.left.is_some()
     }
 
     /// Whether the device, in the last call, looked for chains until there were none.
@@ -542,6 +556,13 @@ impl<'a> VirtQueue<'a> {
         self.core.dry = false;
         self.core.ring.go_to_previous_position();
         self.core.budget += 1;
+    }
+
+    /// As [`Self::unpop`], and the driver's next chain, behind those that it had [`Self::offered`], is to be announced by a
+    /// kick all the same.
+    pub fn leave(&mut self, chain: Chain<'a>, offered: u16) {
+        self.unpop(chain);
+        self.core.left = Some(offered);
     }
 
     /// How many chains the driver has made available so far, modulo 65536.

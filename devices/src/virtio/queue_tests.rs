@@ -219,6 +219,28 @@ fn interrupts_and_kicks_follow_the_event_indexes() {
 }
 
 #[test]
+fn a_chain_behind_those_that_are_left_alone_is_announced() {
+    let mut bench = Bench::new(true);
+    let mem = bench.mem.clone();
+    let avail_event = rings(0).device + 4 + 8 * u64::from(SIZE);
+    bench.offer(&[1, 2, 3]);
+    bench.core.begin_turn();
+    let mut queue = bench.lend();
+    let (first, second) = (queue.pop().expect("chain"), queue.pop().expect("chain"));
+    queue.push(first.head, 0);
+    let offered = queue.offered();
+    queue.leave(second, offered);
+    assert!(!bench.core.enable_kicks(&mem), "all of them were seen");
+    assert_eq!(bench.get16(avail_event), 3);
+    bench.offer(&[1, 2, 3, 4]);
+    assert!(bench.core.enable_kicks(&mem), "one more came in before");
+    bench.core.begin_turn();
+    assert!(bench.core.enable_kicks(&mem), "as ever");
+    assert_eq!(bench.get16(avail_event), 1);
+    assert_eq!(bench.lend().pop().map(|chain| chain.position), Some(1), "the one that was left alone");
+}
+
+#[test]
 fn kicks_follow_the_devices_flag() {
     let mut bench = Bench::new(false);
     let mem = bench.mem.clone();

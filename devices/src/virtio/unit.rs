@@ -272,7 +272,7 @@ impl Unit {
             // Chains that came in before kicks were on again are served now. Chains that the device saw and left
             // alone wait for the host, not for the driver.
             let left_alone = core.position() == before && !core.was_dry();
-            if !core.enable_kicks(&self.mem) || left_alone {
+            if !core.enable_kicks(&self.mem) || (left_alone && !core.waits_for_more()) {
                 return Progress::Done;
             }
         }

@@ -477,7 +477,9 @@ impl Vsock {
                 self.told_reset = Some((queue.offered(), Instant::now() + self.answer_time));
                 queue.push(chain.head, written as u32);
             } else {
-                queue.unpop(chain);
+                // The next one says that the guest has seen the event.
+                let offered = self.told_reset.map_or_else(|| queue.offered(), |(offered, _)| offered);
+                queue.leave(chain, offered);
                 return Progress::Done;
             }
         }

@@ -434,3 +434,17 @@ fn a_guest_that_is_to_stop_is_asked_until_it_does() {
     }
     vm.kill();
 }
+
+#[test]
+fn a_vcpu_with_something_under_way_runs_on_until_it_is_done() {
+    let paused = |times| {
+        let (vm, hypervisor, _dir) = machine(vec![], |_| ());
+        hypervisor.set_unfinished(times);
+        vm.start().unwrap();
+        vm.pause().unwrap();
+        hypervisor.unfinished()
+    };
+    assert_eq!([1, 20].map(paused), [0, 0]);
+    // What is never done keeps nobody waiting.
+    assert!((1..u32::MAX).contains(&paused(u32::MAX)));
+}

@@ -182,6 +182,11 @@ const LAST_WORDS: u32 = 8;
 /// No exit status was reported.
 const NO_STATUS: u32 = u32::MAX;
 
+/// How long it takes at most to read or set all clocks when nobody comes in between.
+const UNDISTURBED: Duration = Duration::from_millis(1);
+/// How often that is tried.
+const TRIES: u32 = 8;
+
 /// What has been reported since the control thread last looked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Reported {
@@ -345,21 +350,24 @@ impl Machine {
         if let Some(faults) = self.ram.faults() {
             faults.guest_runs();
         }
-        let slept = match self.clock_mode {
-            ClockMode::Advance => now().saturating_sub(clock.realtime),
-            ClockMode::Freeze => 0,
-        };
-        self.vm.set_clock(clock.kvmclock.saturating_add(slept))?;
-        // Offsets of the first vCPU, as saved and as it is now.
-        let mut first = None;
-        for (vcpu, saved) in self.idle.iter_mut().zip(&clock.vcpus) {
-            let ticks = u128::from(slept) * u128::from(vcpu.tsc_khz()?) / 1_000_000;
-            // The others are as far from the first as they were.
-            let apart = |(was, now): (u64, u64)| Some(saved.offset?.wrapping_sub(was).wrapping_add(now));
-            let (tsc, offset) = (saved.tsc.wrapping_add(ticks as u64), first.and_then(apart));
-            vcpu.set_clock(VcpuClock { tsc, deadline: saved.deadline, offset })?;
-            first = first.or(saved.offset.zip(vcpu.clock()?.offset));
-        }
+        together(|| {
+            let slept = match self.clock_mode {
+                ClockMode::Advance => now().saturating_sub(clock.realtime),
+                ClockMode::Freeze => 0,
+            };
+            self.vm.set_clock(clock.kvmclock.saturating_add(slept))?;
+            // Offsets of the first vCPU, as saved and as it is now.
+            let mut first = None;
+            for (vcpu, saved) in self.idle.iter_mut().zip(&clock.vcpus) {
+                let ticks = u128::from(slept) * u128::from(vcpu.tsc_khz()?) / 1_000_000;
+                // The others are as far from the first as they were.
+                let apart = |(was, now): (u64, u64)| Some(saved.offset?.wrapping_sub(was).wrapping_add(now));
+                let (tsc, offset) = (saved.tsc.wrapping_add(ticks as u64), first.and_then(apart));
+                vcpu.set_clock(VcpuClock { tsc, deadline: saved.deadline, offset })?;
+                first = first.or(saved.offset.zip(vcpu.clock()?.offset));
+            }
+            Ok(())
+        })?;
         self.tell_clone(&generation, hears_generation, note);
         Ok(())
     }
@@ -410,12 +418,14 @@ impl Machine {
         if let Some(Asleep { clock, .. }) = &self.asleep {
             return Ok(clock.clone());
         }
-        let vcpus =
-            self.each_vcpu(|vcpu| vcpu.clock()).into_iter().map(|clock| clock.and_then(|clock| clock));
-        Ok(ClockState {
-            realtime: now(),
-            kvmclock: self.vm.clock()?,
-            vcpus: vcpus.collect::<Result<_, _>>()?,
+        together(|| {
+            let vcpus =
+                self.each_vcpu(|vcpu| vcpu.clock()).into_iter().map(|clock| clock.and_then(|clock| clock));
+            Ok(ClockState {
+                realtime: now(),
+                kvmclock: self.vm.clock()?,
+                vcpus: vcpus.collect::<Result<_, _>>()?,
+            })
         })
     }
 
@@ -497,6 +507,19 @@ impl Machine {
         }
         Ok(())
     }
+}
+
+/// Reads or sets several clocks, again and again until nobody came in between: on a busy host, each of these calls may take
+/// as long as another program's turn, by which the clocks would be apart.
+fn together<T>(mut work: impl FnMut() -> Result<T, HvError>) -> Result<T, HvError> {
+    for _ in 1..TRIES {
+        let began = Instant::now();
+        let done = work()?;
+        if began.elapsed() < UNDISTURBED {
+            return Ok(done);
+        }
+    }
+    work()
 }
 
 /// Nanoseconds since 1970.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tracing::Span;
+use tracing::{Span, warn};
 
 use crate::bus::Bus;
 use crate::event::Journal;
@@ -65,10 +65,16 @@ struct GateState {
     ended: bool,
 }
 
+/// How often a vCPU is kicked that does not stand still yet.
+const KICK_INTERVAL: Duration = Duration::from_millis(1);
+/// How often in a row a vCPU that is to stand still is let run on to come to a better place. What has none is no guest of
+/// ours: it stays behind one instruction for ever.
+const MOST_TRIES: u32 = 100;
+
 /// Where a vCPU's thread waits while its machine is paused.
 ///
 /// The thread looks at the gate only when a kick has interrupted it: then KVM has completed the last exit, so
-/// the vCPU's registers are whole.
+/// the vCPU's registers are whole. If something else is under way ([`Vcpu::is_whole`]), it runs on until the next kick.
 struct Gate {
     state: Mutex<GateState>,
     changed: Condvar,
@@ -79,9 +85,12 @@ impl Gate {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Waits as long as it is told to pause. Returns the vCPU if it is to go on.
-    fn pass(&self, vcpu: Box<dyn Vcpu>) -> Option<Box<dyn Vcpu>> {
+    /// Waits as long as it is told to pause, unless it is not `whole`. Returns the vCPU if it is to go on.
+    fn pass(&self, vcpu: Box<dyn Vcpu>, whole: bool) -> Option<Box<dyn Vcpu>> {
         let mut state = self.lock();
+        if state.want == Want::Pause && !whole {
+            return Some(vcpu);
+        }
         state.vcpu = Some(vcpu);
         while state.want == Want::Pause {
             if !state.parked {
@@ -179,7 +188,11 @@ impl VcpuThread {
     pub fn wait_parked(&self) {
         let mut state = self.gate.lock();
         while !state.parked {
-            state = self.gate.changed.wait(state).unwrap_or_else(|e| e.into_inner());
+            let waited = self.gate.changed.wait_timeout(state, KICK_INTERVAL);
+            state = waited.unwrap_or_else(|e| e.into_inner()).0;
+            if !state.parked {
+                self.kick.kick();
+            }
         }
     }
 
@@ -214,7 +227,7 @@ impl Drop for VcpuThread {
 }
 
 fn run(mut vcpu: Box<dyn Vcpu>, gate: &Gate, buses: &Buses, watch: &Watch) -> VcpuEnd {
-    let mut first = true;
+    let (mut first, mut tries) = (true, 0);
     loop {
         let exit = match vcpu.run() {
             Ok(exit) => exit,
@@ -234,10 +247,20 @@ fn run(mut vcpu: Box<dyn Vcpu>, gate: &Gate, buses: &Buses, watch: &Watch) -> Vc
             }
             Exit::MmioRead { addr, data } => _ = buses.mmio.read(addr, data),
             Exit::MmioWrite { addr, data } => _ = buses.mmio.write(addr, data),
-            Exit::Interrupted => match gate.pass(vcpu) {
-                Some(again) => vcpu = again,
-                None => return VcpuEnd::Told,
-            },
+            Exit::Interrupted => {
+                let whole = match vcpu.is_whole() {
+                    Ok(whole) => whole,
+                    Err(error) => return VcpuEnd::Hypervisor(error),
+                };
+                tries = if whole { 0 } else { tries + 1 };
+                if tries == MOST_TRIES {
+                    warn!("the guest stays behind a breakpoint; if it is saved there, that may be lost");
+                }
+                match gate.pass(vcpu, whole || tries >= MOST_TRIES) {
+                    Some(again) => vcpu = again,
+                    None => return VcpuEnd::Told,
+                }
+            }
             Exit::Shutdown => return VcpuEnd::Shutdown,
             Exit::Failed(failure) => return VcpuEnd::Failed(failure),
         }

@@ -9,7 +9,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 const COM1: u16 = 0x3f8;
-const LOAD: u32 = 0x10_0000;
+/// Where a program is in memory.
+pub const LOAD: u32 = 0x10_0000;
 
 /// A program in the making.
 #[derive(Clone, Debug, Default)]
@@ -33,6 +34,13 @@ impl Micro {
     /// Machine code as it is.
     pub fn raw(mut self, code: &[u8]) -> Self {
         self.code.extend_from_slice(code);
+        self
+    }
+
+    /// What follows is `offset` bytes behind the entry, which is at [`LOAD`].
+    pub fn at(mut self, offset: usize) -> Self {
+        assert!(self.code.len() <= offset, "{} bytes do not end before {offset}", self.code.len());
+        self.code.resize(offset, 0x90); // nop
         self
     }
 
@@ -65,6 +73,11 @@ impl Micro {
     pub fn write32(self, addr: u32, value: u32) -> Self {
         // mov edi, addr; mov dword [edi], value
         self.raw(&[0xbf]).raw(&addr.to_le_bytes()).raw(&[0xc7, 0x07]).raw(&value.to_le_bytes())
+    }
+
+    /// Writes 64 bits to a physical address.
+    pub fn write64(self, addr: u32, value: u64) -> Self {
+        self.write32(addr, value as u32).write32(addr + 4, (value >> 32) as u32)
     }
 
     /// Writes 16 bits to a physical address.

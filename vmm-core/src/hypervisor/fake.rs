@@ -1,7 +1,7 @@
 //! A hypervisor without KVM: its guests are scripts. For tests of everything above the hypervisor.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use devices::model::{IrqLine, MsiSender};
@@ -54,6 +54,8 @@ struct Shared {
     ioeventfds: Mutex<Vec<(u64, Option<u32>, EventFd)>>,
     ram: Mutex<Option<GuestRam>>,
     steps_done: AtomicU64,
+    /// How often a vCPU still has something under way when it is asked.
+    unfinished: AtomicU32,
 }
 
 impl Shared {
@@ -79,6 +81,16 @@ impl FakeHypervisor {
     /// What the machine has done so far.
     pub fn observed<T>(&self, look: impl FnOnce(&Observed) -> T) -> T {
         look(&self.shared.observed())
+    }
+
+    /// A vCPU that is to stand still has something under way, so many times that it is asked.
+    pub fn set_unfinished(&self, times: u32) {
+        self.shared.unfinished.store(times, Ordering::Release);
+    }
+
+    /// How often it still will have.
+    pub fn unfinished(&self) -> u32 {
+        self.shared.unfinished.load(Ordering::Acquire)
     }
 
     /// How many steps of the script are done.
@@ -274,6 +286,11 @@ impl Vcpu for FakeVcpu {
     fn set_lapic(&mut self, lapic: &kvm_lapic_state) -> Result<(), HvError> {
         self.lapic = *lapic;
         Ok(())
+    }
+
+    fn is_whole(&self) -> Result<bool, HvError> {
+        let left = &self.shared.unfinished;
+        Ok(left.fetch_update(Ordering::AcqRel, Ordering::Acquire, |left| left.checked_sub(1)).is_err())
     }
 
     fn save(&self) -> Result<VcpuState, HvError> {

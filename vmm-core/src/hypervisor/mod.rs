@@ -111,7 +111,10 @@ pub trait Vcpu: Send {
     /// Sets the registers of the local APIC.
     fn set_lapic(&mut self, lapic: &kvm_lapic_state) -> Result<(), HvError>;
 
-    /// Everything but clocks, for a snapshot. Between two runs that a kick has ended, nothing is under way.
+    /// Whether [`Self::save`] would have everything that is under way in the guest. If not, it is to run on for a moment.
+    fn is_whole(&self) -> Result<bool, HvError>;
+
+    /// Everything but clocks, for a snapshot. Between two runs that a kick has ended, no access to a device is under way.
     fn save(&self) -> Result<VcpuState, HvError>;
 
     /// Takes over a saved state. It sets CPUID, too.

@@ -39,22 +39,18 @@ impl<'a> Ahead<'a> {
     }
 
     /// Writes the memory, and then what was written meanwhile. A third time would hardly find less.
-    pub fn write(&self, memory: &mut MemoryWriter, go_on: &dyn Fn() -> bool) -> Result<(), VmError> {
+    pub fn write(&self, memory: &mut MemoryWriter) -> Result<(), VmError> {
         let Running { ram, pending } = &self.running;
-        let gone = |error: io::Error| match go_on() {
-            true => failed(error),
-            false => VmError::Gone,
-        };
         let first = match pending {
             Some(pages) => pages.clone(),
             None => touched(ram).map_err(failed)?,
         };
-        memory.write(ram, &first, go_on).map_err(gone)?;
+        memory.write(ram, &first).map_err(failed)?;
         if self.lasts {
             memory.sync().map_err(failed)?;
         }
         let again = ask(self.control, Message::DirtyPages)?;
-        memory.write(ram, &again, go_on).map_err(gone)
+        memory.write(ram, &again).map_err(failed)
     }
 }
 
@@ -171,7 +167,7 @@ impl Control {
             (None, Some((_, pages))) => pages.clone(),
             (None, None) => touched(&machine.ram).map_err(failed)?,
         };
-        memory.write(&machine.ram, &pages, &|| true).map_err(failed)?;
+        memory.write(&machine.ram, &pages).map_err(failed)?;
         machine.check_memory()?;
         let (written, disks, aliases) = (memory.written(), Vec::new(), BTreeMap::new());
         Ok(Captured { sections, written, disks, config, aliases, paused: Duration::ZERO, diff })

@@ -90,11 +90,18 @@ pub(crate) struct Shared {
     pub journal: Arc<Journal>,
     /// A paused machine does not go on, whoever asks: it is being saved to be ended.
     pub stands_still: AtomicBool,
+    /// It is to end at once, as soon as the control thread comes to it.
+    pub ends: AtomicBool,
 }
 
 impl Shared {
     pub fn lock(&self) -> MutexGuard<'_, VmState> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Whether it has ended, or is about to.
+    pub fn is_ending(&self) -> bool {
+        self.ends.load(Ordering::Acquire) || matches!(*self.lock(), VmState::Stopping | VmState::Stopped(_))
     }
 
     pub fn config(&self) -> MutexGuard<'_, VmConfig> {
@@ -297,6 +304,15 @@ impl Control {
             }
             // Anybody can print the words, but with a reset right after them they were a kernel's.
             StopReason::GuestReset if last_words => StopReason::GuestPanic,
+            reason => reason,
+        };
+        let reason = match reason {
+            // What the guest did then was not its own doing.
+            StopReason::GuestReset | StopReason::GuestPanic | StopReason::Failed(_)
+                if machine.ram.image().is_some_and(|image| !image.is_whole()) =>
+            {
+                StopReason::Failed("the memory file of its snapshot was cut off while it ran from it".into())
+            }
             reason => reason,
         };
         // From every state in which there still is a machine, the diagram goes to `Stopping`.

@@ -293,7 +293,9 @@ impl GuestRam {
             Some(_) => Ok(cached(region)),
             None => {
                 let mut resident = 0;
-                page_table(region, |_, entry| resident += if entry & PRESENT != 0 { PAGE } else { 0 })
+                // The page of zeroes that all processes read is neither a file's nor one mapping's own.
+                let is_memory = |entry| entry & PRESENT != 0 && entry & (OF_FILE | EXCLUSIVE) != 0;
+                page_table(region, |_, entry| resident += if is_memory(entry) { PAGE } else { 0 })
                     .map(|()| resident)
             }
         });
@@ -328,6 +330,7 @@ fn cached(region: RamRegion) -> u64 {
 pub(crate) const PRESENT: u64 = 1 << 63;
 pub(crate) const SWAPPED: u64 = 1 << 62;
 pub(crate) const OF_FILE: u64 = 1 << 61;
+const EXCLUSIVE: u64 = 1 << 56;
 
 /// Calls `each` for each page of a region, with its place there and its entry in our page table.
 pub(crate) fn page_table(region: RamRegion, mut each: impl FnMut(u64, u64)) -> io::Result<()> {

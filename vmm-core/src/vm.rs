@@ -1,10 +1,10 @@
 //! The handle to a virtual machine. The control thread behind it owns the machine.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Condvar, Mutex, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -122,11 +122,52 @@ pub struct Vm {
     exits: Vec<Arc<ExitLog>>,
     /// One snapshot is made at a time.
     snapshots: Mutex<()>,
+    /// Those that are being made, or wait for that.
+    jobs: Mutex<Vec<Arc<Job>>>,
     /// Who brings memory in, of a machine whose memory is not there yet.
     faults: Option<Faults>,
     /// Of a machine that was told to end: see [`Faults::end`].
     ended: Mutex<Option<Sender<()>>>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// A snapshot that is being made, or waits for that.
+#[derive(Debug)]
+struct Job {
+    /// By what people know it.
+    path: PathBuf,
+    /// What has become of it, once that is certain.
+    end: OnceLock<JobEnd>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum JobEnd {
+    Cancelled,
+    /// It is whole, and takes its place.
+    Placed,
+}
+
+impl Job {
+    /// Whether this becomes of it, and not something else.
+    fn becomes(&self, end: JobEnd) -> bool {
+        self.end.set(end).is_ok()
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.end.get() == Some(&JobEnd::Cancelled)
+    }
+}
+
+/// A [`Job`], listed until this is dropped.
+struct Listed<'a> {
+    vm: &'a Vm,
+    job: Arc<Job>,
+}
+
+impl Drop for Listed<'_> {
+    fn drop(&mut self) {
+        self.vm.jobs().retain(|job| !Arc::ptr_eq(job, &self.job));
+    }
 }
 
 impl Vm {
@@ -172,6 +213,7 @@ impl Vm {
             aliases,
             journal: machine.journal.clone(),
             stands_still: AtomicBool::new(false),
+            ends: AtomicBool::new(false),
         });
         shared.journal.record(What::State(state));
         let console_input = machine.console_input.clone();
@@ -212,6 +254,7 @@ impl Vm {
             devices,
             exits,
             snapshots: Mutex::default(),
+            jobs: Mutex::default(),
             faults,
             ended: Mutex::default(),
             thread: Some(thread),
@@ -254,7 +297,7 @@ impl Vm {
 
     /// Ends the machine at once, without asking the guest. No error if it has ended already.
     pub fn kill(&self) {
-        self.end_waits();
+        self.let_end();
         // It fails only when the machine has ended.
         _ = self.command(Command::KILL);
     }
@@ -264,9 +307,10 @@ impl Vm {
         self.request(Command::KILL);
     }
 
-    /// Lets threads of a machine that ends not wait for memory that another process does not bring: the control thread may
-    /// be one of them.
-    fn end_waits(&self) {
+    /// Ends what keeps a machine from ending: a snapshot, and waits for memory that another process does not bring. The control
+    /// thread may be at either.
+    fn let_end(&self) {
+        self.shared.ends.store(true, Ordering::Release);
         let mut ended = self.ended.lock().unwrap_or_else(|e| e.into_inner());
         if ended.is_none() {
             *ended = self.faults.as_ref().and_then(Faults::end);
@@ -275,7 +319,7 @@ impl Vm {
 
     fn request(&self, command: Command) {
         if command.ends_at_once(&self.state()) {
-            self.end_waits();
+            self.let_end();
         }
         let (reply, _) = mpsc::channel();
         // It fails only when the machine has ended.
@@ -356,17 +400,37 @@ impl Vm {
     }
 
     fn snapshot_at(&self, place: &Place, kind: SnapshotKind, disks: bool) -> Result<SnapshotReport, VmError> {
+        let job = Arc::new(Job { path: place.path().into(), end: OnceLock::new() });
+        self.jobs().push(job.clone());
+        let listed = Listed { vm: self, job };
         let _one_at_a_time = self.snapshots.lock().unwrap_or_else(|e| e.into_inner());
+        let made = self.save(place, kind, disks, &listed.job);
+        made.map_err(|error| match () {
+            () if listed.job.is_cancelled() => SnapshotFailed::Cancelled.into(),
+            () if self.shared.is_ending() => VmError::Gone,
+            () => error,
+        })
+    }
+
+    fn save(
+        &self,
+        place: &Place,
+        kind: SnapshotKind,
+        disks: bool,
+        job: &Arc<Job>,
+    ) -> Result<SnapshotReport, VmError> {
         let draft = Draft::begin(place, kind)?;
-        let mut memory = draft.memory(self.shared.config().memory.0, kind)?;
+        let (shared, wanted) = (self.shared.clone(), job.clone());
+        let mut memory = draft
+            .memory(self.shared.config().memory.0, kind)?
+            .while_wanted(move || !wanted.is_cancelled() && !shared.is_ending());
         let ahead = Ahead::begin(&self.control, kind)?;
-        let goes_on = || !matches!(*self.shared.lock(), VmState::Stopping | VmState::Stopped(_));
-        ahead.iter().try_for_each(|ahead| ahead.write(&mut memory, &goes_on))?;
+        ahead.iter().try_for_each(|ahead| ahead.write(&mut memory))?;
         let disks = if disks { DiskTarget::of(&draft) } else { DiskTarget::none() };
         let capture = |reply| Message::Capture { memory, ahead: ahead.is_some(), disks, kind, reply };
         let captured = capture::ask(&self.control, capture)?;
         drop(ahead);
-        let (report, base) = draft.finish(captured)?;
+        let (report, base) = draft.finish(captured, &|| job.becomes(JobEnd::Placed))?;
         if kind.lasts() {
             // It fails only when the machine has ended.
             _ = self.control.send(Message::Captured(base));
@@ -391,7 +455,18 @@ impl Vm {
 
     /// Whether a snapshot is being made. What would change the machine may wait for its end.
     pub fn is_saving(&self) -> bool {
-        matches!(self.snapshots.try_lock(), Err(TryLockError::WouldBlock))
+        !self.jobs().is_empty()
+    }
+
+    /// Ends the snapshot to the directory `to` that is being made, or waits for another one: whoever wants it gets
+    /// [`SnapshotFailed::Cancelled`], and what was at `to` stays. Returns whether there was one that is not whole already.
+    pub fn cancel_snapshot(&self, to: &Path) -> bool {
+        self.jobs().iter().filter(|job| job.path == to).filter(|job| job.becomes(JobEnd::Cancelled)).count()
+            > 0
+    }
+
+    fn jobs(&self) -> MutexGuard<'_, Vec<Arc<Job>>> {
+        self.jobs.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// What the machine has taken of the host so far; fails when it has ended, or is being saved and stands still for that.

@@ -98,7 +98,7 @@ pub enum BuildError {
     },
     /// The host lacks features of the machine's [`crate::config::CpuProfile`].
     #[error(
-        "this host's processor lacks features of the machine's cpu profile: {missing}; choose a lower level, or another host"
+        "the machine's cpu profile has features that this host cannot give a guest: {missing}; choose a lower level, or another host"
     )]
     Profile {
         /// Names of the features.

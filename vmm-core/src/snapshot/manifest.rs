@@ -76,8 +76,9 @@ pub struct MemoryMap {
     /// Pieces of RAM in the order of the file, without gaps.
     pub ranges: Vec<MemoryRange>,
     /// CRC-32 of the bytes that are no holes, in the order of the file. It is not checked when a snapshot is restored,
-    /// which would read all of it.
-    pub crc32: u32,
+    /// which would read all of it. One that is made for clones, and removed as soon as they run, has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crc32: Option<u32>,
     /// Without it, the file is all of the memory. With it, only the pages in `pages` count, and the others are those of
     /// another snapshot.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -9,9 +9,9 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{FsWord, SeekFrom, fstatfs, seek};
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags, mmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 use serde::{Deserialize, Serialize};
 
 use crate::memory::RamRegion;
@@ -22,6 +22,13 @@ pub const PAGE: u64 = 4096;
 pub(super) const MAX_WRITE: u64 = 1 << 20;
 /// How many pieces of diffs are mapped; more are copied, since a process can have about 65000 mappings.
 const MAX_MAPPED: usize = 4096;
+/// How many holes are mapped as zeroes; smaller ones are then left to the file. A process can have about 65000 mappings,
+/// half of which are for what its guest gives back.
+const MAX_HOLES: usize = 8192;
+/// Bytes of a hole for which a mapping is worth its time, where the file system gives room in the page cache.
+const MIN_HOLE: u64 = 64 << 10;
+/// Of statfs(2).
+const TMPFS_MAGIC: FsWord = 0x0102_1994;
 
 /// How a restored guest gets its memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,6 +140,8 @@ impl Pages {
 pub struct MemoryImage {
     bytes: u64,
     base: Arc<File>,
+    /// Where the base is no hole. Found once, since clones share it.
+    data: Arc<[(u64, u64)]>,
     over: Vec<(Arc<File>, Vec<Run>)>,
 }
 
@@ -222,7 +231,10 @@ pub fn has_more_than(path: &Path, bytes: u64, pages: &[Run]) -> Result<bool, Mem
 impl MemoryImage {
     /// The file at `path` with all `bytes` of a memory.
     pub fn open(path: &Path, bytes: u64) -> Result<Self, MemoryFileError> {
-        Ok(Self { bytes, base: open(path, bytes)?, over: Vec::new() })
+        let base = open(path, bytes)?;
+        let error = |source| MemoryFileError::Io { path: path.display().to_string(), source };
+        let data = data_ranges(&base, bytes).map_err(error)?.into();
+        Ok(Self { bytes, base, data, over: Vec::new() })
     }
 
     /// Puts the pages of a diff's file over what is there.
@@ -237,39 +249,64 @@ impl MemoryImage {
         self.bytes
     }
 
+    /// Whether its files still have all that they had.
+    pub(crate) fn is_whole(&self) -> bool {
+        let whole = |file: &Arc<File>| file.metadata().is_ok_and(|meta| meta.len() >= self.bytes);
+        whole(&self.base) && self.over.iter().all(|(file, _)| whole(file))
+    }
+
     /// The file with all of the memory, to be mapped privately.
     pub fn base(&self) -> &Arc<File> {
         &self.base
     }
 
     /// Pages that may be other than zero.
-    pub(crate) fn data(&self) -> io::Result<Pages> {
+    pub(crate) fn data(&self) -> Pages {
         let mut pages = Pages::none(self.bytes);
-        for (start, end) in data_ranges(&self.base, self.bytes)? {
+        for &(start, end) in &*self.data {
             pages.add_range(start, end - start);
         }
         for &(offset, bytes) in self.over.iter().flat_map(|(_, runs)| runs) {
             pages.add_range(offset, bytes);
         }
-        Ok(pages)
+        pages
     }
 
-    /// Puts the diffs over a region that maps the base from `offset` on.
+    /// Puts zeroes over the holes of a region that maps the base from `offset` on, and then the diffs.
     pub fn lay_over(&self, region: RamRegion, offset: u64) -> io::Result<()> {
+        self.lay_zeroes(region, offset)?;
         let mapped = self.over.iter().map(|(_, runs)| runs.len()).sum::<usize>() <= MAX_MAPPED;
         self.pieces(region, offset, |file, at, host, bytes| match mapped {
             true => {
                 // SAFETY: the range lies in a mapping of the guest's memory, which nobody uses yet; it is replaced by
                 // another private mapping with the same rights.
-                unsafe {
-                    let rights = ProtFlags::READ | ProtFlags::WRITE;
-                    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
-                    mmap(host as *mut _, bytes as usize, rights, flags, file, at)?;
-                }
+                unsafe { mmap(host as *mut _, bytes as usize, RIGHTS, OVER, file, at) }?;
                 Ok(())
             }
             false => read_into(file, at, host, bytes),
         })
+    }
+
+    /// A page of a hole is made in the page cache before it is copied into the guest's memory: that takes twice the time and
+    /// memory, and on a tmpfs without room it fails, which no guest survives.
+    fn lay_zeroes(&self, region: RamRegion, offset: u64) -> io::Result<()> {
+        let end = offset + region.len;
+        let starts = std::iter::once(offset).chain(self.data.iter().map(|range| range.1));
+        let ends = self.data.iter().map(|range| range.0).chain([end]);
+        let holes = starts.zip(ends).map(|(start, next)| (start.max(offset), next.min(end)));
+        let in_memory = fstatfs(&self.base).is_ok_and(|stat| stat.f_type == TMPFS_MAGIC);
+        let least = if in_memory { PAGE } else { MIN_HOLE };
+        let mut holes: Vec<(u64, u64)> = holes.filter(|(start, next)| start + least <= *next).collect();
+        if holes.len() > MAX_HOLES {
+            holes.sort_unstable_by_key(|(start, next)| std::cmp::Reverse(next - start));
+            holes.truncate(MAX_HOLES);
+        }
+        for (start, next) in holes {
+            let host = region.host_addr + (start - offset);
+            // SAFETY: as for the diffs.
+            unsafe { mmap_anonymous(host as *mut _, (next - start) as usize, RIGHTS, OVER) }?;
+        }
+        Ok(())
     }
 
     /// Reads what is at `offset`.
@@ -288,7 +325,7 @@ impl MemoryImage {
 
     /// Reads everything into a region of zeroes that begins at `offset`.
     pub fn read_into(&self, region: RamRegion, offset: u64) -> io::Result<()> {
-        for (start, end) in data_ranges(&self.base, self.bytes)? {
+        for &(start, end) in &*self.data {
             let (start, end) = (start.max(offset), end.min(offset + region.len));
             if start < end {
                 read_into(&self.base, start, region.host_addr + (start - offset), end - start)?;
@@ -316,6 +353,10 @@ impl MemoryImage {
         Ok(())
     }
 }
+
+/// How guest memory is mapped over what is mapped already.
+const RIGHTS: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
+const OVER: MapFlags = MapFlags::PRIVATE.union(MapFlags::FIXED).union(MapFlags::NORESERVE);
 
 /// Reads `bytes` bytes of `file` to this address of guest memory. Holes are read, too.
 fn read_into(file: &File, at: u64, host: u64, bytes: u64) -> io::Result<()> {
@@ -375,7 +416,7 @@ mod tests {
 
     fn write(ram: &GuestRam, pages: &Pages, file: File, zeroes: bool) -> MemoryWriter {
         let mut writer = MemoryWriter::new(file.into(), SIZE, zeroes).unwrap();
-        writer.write(ram, pages, &|| true).unwrap();
+        writer.write(ram, pages).unwrap();
         writer
     }
 

@@ -46,13 +46,14 @@ impl Written {
 }
 
 /// Writes guest memory to a file, which begins as one hole. A page may be written any number of times.
-#[derive(Debug)]
 pub struct MemoryWriter {
     file: Arc<File>,
     /// What of the file is no hole.
     written: Pages,
     /// Pages of zeroes are written, too.
     zeroes: bool,
+    /// Whether the file is still wanted.
+    is_wanted: Box<dyn Fn() -> bool + Send>,
 }
 
 impl MemoryWriter {
@@ -60,16 +61,21 @@ impl MemoryWriter {
     /// written is one, so that the file itself says which pages it has.
     pub fn new(file: Arc<File>, bytes: u64, zeroes: bool) -> io::Result<Self> {
         file.set_len(bytes)?;
-        Ok(Self { file, written: Pages::none(bytes), zeroes })
+        Ok(Self { file, written: Pages::none(bytes), zeroes, is_wanted: Box::new(|| true) })
     }
 
-    /// Writes these pages as they are now. Ends early, with an error, once `go_on` says no.
-    pub fn write(&mut self, ram: &GuestRam, pages: &Pages, go_on: &dyn Fn() -> bool) -> io::Result<()> {
+    /// The same, which ends early, with an error, once `is_wanted` says no.
+    pub fn while_wanted(self, is_wanted: impl Fn() -> bool + Send + 'static) -> Self {
+        Self { is_wanted: Box::new(is_wanted), ..self }
+    }
+
+    /// Writes these pages as they are now.
+    pub fn write(&mut self, ram: &GuestRam, pages: &Pages) -> io::Result<()> {
         let mut start = 0;
         for region in ram.regions() {
             for (offset, bytes) in pages.runs(start, start + region.len) {
                 for at in (0..bytes).step_by(MAX_WRITE as usize) {
-                    if !go_on() {
+                    if !(self.is_wanted)() {
                         return Err(io::ErrorKind::Interrupted.into());
                     }
                     let piece = Piece {
@@ -179,7 +185,7 @@ impl Piece {
 /// Pages of the memory that may be other than zero: those that were touched, and those of the file below.
 pub fn touched(ram: &GuestRam) -> io::Result<Pages> {
     let mut pages = match ram.image() {
-        Some(image) => image.data()?,
+        Some(image) => image.data(),
         None => Pages::none(ram.size()),
     };
     // Before the page table is looked at, into which they go.
@@ -209,7 +215,7 @@ pub fn touched(ram: &GuestRam) -> io::Result<Pages> {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::MetadataExt;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
     use vm_memory::{Bytes, GuestAddress};
 
@@ -252,7 +258,7 @@ mod tests {
         set(&ram, 0, 10, 7);
         set(&ram, 300, 600, 8);
         let (file, mut again) = writer(false);
-        again.write(&ram, &touched(&ram).unwrap(), &|| true).unwrap();
+        again.write(&ram, &touched(&ram).unwrap()).unwrap();
         let full = file.metadata().unwrap().blocks();
         dirty(&ram);
         // Something becomes zero, in the middle and at an end, something comes, and something changes.
@@ -260,9 +266,9 @@ mod tests {
         set(&ram, 300, 500, 0);
         set(&ram, 1000, 2, 9);
         set(&ram, 899, 1, 6);
-        again.write(&ram, &dirty(&ram), &|| true).unwrap();
+        again.write(&ram, &dirty(&ram)).unwrap();
         let (other, mut once) = writer(false);
-        once.write(&ram, &touched(&ram).unwrap(), &|| true).unwrap();
+        once.write(&ram, &touched(&ram).unwrap()).unwrap();
         assert!(content(&file) == memory(&ram) && content(&other) == memory(&ram));
         assert_eq!(again.written(), once.written());
         assert_eq!(
@@ -278,10 +284,10 @@ mod tests {
         let ram = GuestRam::new(SIZE, Backing::default(), None).unwrap();
         set(&ram, 4, 2, 7);
         let (file, mut writer) = writer(true);
-        writer.write(&ram, &dirty(&ram), &|| true).unwrap();
+        writer.write(&ram, &dirty(&ram)).unwrap();
         set(&ram, 5, 1, 0);
         set(&ram, 9, 1, 0);
-        writer.write(&ram, &dirty(&ram), &|| true).unwrap();
+        writer.write(&ram, &dirty(&ram)).unwrap();
         assert_eq!(data_ranges(&file, SIZE).unwrap(), [(4 * PAGE, 6 * PAGE), (9 * PAGE, 10 * PAGE)]);
         assert_eq!(writer.written().runs, [(4 * PAGE, 2 * PAGE), (9 * PAGE, PAGE)]);
         assert!(content(&file) == memory(&ram));
@@ -303,13 +309,13 @@ mod tests {
                 }
             });
             dirty(&ram);
-            writer.write(&ram, &touched(&ram).unwrap(), &|| true).unwrap();
+            writer.write(&ram, &touched(&ram).unwrap()).unwrap();
             for _ in 0..3 {
-                writer.write(&ram, &dirty(&ram), &|| true).unwrap();
+                writer.write(&ram, &dirty(&ram)).unwrap();
             }
             rest.store(true, Ordering::Release);
         });
-        writer.write(&ram, &dirty(&ram), &|| true).unwrap();
+        writer.write(&ram, &dirty(&ram)).unwrap();
         assert!(content(&file) == memory(&ram));
     }
 
@@ -317,10 +323,9 @@ mod tests {
     fn it_ends_early_when_it_is_told_to() {
         let ram = GuestRam::new(SIZE, Backing::default(), None).unwrap();
         set(&ram, 0, (SIZE / PAGE) as usize, 1);
-        let (_, mut writer) = writer(false);
-        let pieces = std::cell::Cell::new(0);
-        let twice = || pieces.replace(pieces.get() + 1) < 2;
-        let error = writer.write(&ram, &dirty(&ram), &twice).unwrap_err();
+        let pieces = AtomicU32::new(0);
+        let mut writer = writer(false).1.while_wanted(move || pieces.fetch_add(1, Ordering::AcqRel) < 2);
+        let error = writer.write(&ram, &dirty(&ram)).unwrap_err();
         assert_eq!((error.kind(), writer.written().bytes()), (io::ErrorKind::Interrupted, 2 * MAX_WRITE));
     }
 
@@ -330,7 +335,7 @@ mod tests {
         // As another process does, which has the file mapped: our page table knows nothing of it.
         ram.shared_file().unwrap().write_all_at(&[5; 100], 7 * PAGE).unwrap();
         let (file, mut writer) = writer(false);
-        writer.write(&ram, &touched(&ram).unwrap(), &|| true).unwrap();
+        writer.write(&ram, &touched(&ram).unwrap()).unwrap();
         assert_eq!(writer.written().runs, [(7 * PAGE, PAGE)]);
         assert!(content(&file) == memory(&ram));
     }

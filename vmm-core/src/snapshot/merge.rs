@@ -63,7 +63,7 @@ impl Snapshot {
                 .map_err(SnapshotFailed::io("copy", &path))?;
         }
         let id = manifest.id.clone();
-        draft.put(&manifest, self.sections.clone(), &state)?;
+        draft.put(&manifest, self.sections.clone(), &state, &|| true)?;
         Ok(SnapshotReport { paused: Duration::ZERO, memory_bytes: contents.bytes(), id })
     }
 
@@ -72,7 +72,7 @@ impl Snapshot {
         let state = self.sections.to_bytes().map_err(SnapshotFailed::Save)?;
         let manifest = Manifest {
             id: new_id()?,
-            memory: MemoryMap { crc32, diff: None, ..self.manifest.memory.clone() },
+            memory: MemoryMap { crc32: Some(crc32), diff: None, ..self.manifest.memory.clone() },
             state_bytes: state.len() as u64,
             state_crc32: crc32fast::hash(&state),
             ..self.manifest.clone()

@@ -109,6 +109,9 @@ pub struct SnapshotReport {
 /// A snapshot could not be made, or is of no use: a sentence for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotFailed {
+    /// Somebody called [`crate::Vm::cancel_snapshot`].
+    #[error("the snapshot was cancelled")]
+    Cancelled,
     /// A file cannot be read or written.
     #[error("cannot {action} '{path}': {source}")]
     Io {
@@ -223,7 +226,7 @@ pub enum SnapshotFailed {
 
 impl SnapshotFailed {
     fn io(action: &'static str, path: &Path) -> impl Fn(io::Error) -> Self + use<> {
-        let path = path.to_owned();
+        let path = place::without_draft(path);
         move |source| Self::Io { action, path: path.clone(), source }
     }
 }
@@ -553,14 +556,19 @@ impl Draft {
         writer.map_err(SnapshotFailed::io("write", &self.draft.memory()))
     }
 
-    /// Writes what is missing, makes all of it last if it shall, and puts it in its place, where another snapshot may be.
-    pub fn finish(self, captured: Captured) -> Result<(SnapshotReport, Base), SnapshotFailed> {
+    /// Writes what is missing, makes all of it last if it shall, and puts it in its place, where another snapshot may be, if
+    /// `wanted` says yes then.
+    pub fn finish(
+        self,
+        captured: Captured,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<(SnapshotReport, Base), SnapshotFailed> {
         let Captured { sections, written, disks, mut config, aliases, paused, diff } = captured;
         config.devices.iter_mut().for_each(DeviceConfig::pin);
         let state = sections.to_bytes().map_err(SnapshotFailed::Save)?;
         let memory = self.draft.memory();
         // It is for those who find it much later.
-        let crc32 = if self.lasts { written.crc32(&self.memory) } else { Ok(0) };
+        let crc32 = self.lasts.then(|| written.crc32(&self.memory)).transpose();
         let crc32 = crc32.map_err(SnapshotFailed::io("read", &memory))?;
         let id = new_id()?;
         let made_at =
@@ -586,12 +594,18 @@ impl Draft {
             state_bytes: state.len() as u64,
             state_crc32: crc32fast::hash(&state),
         };
-        let base = self.put(&manifest, sections, &state)?;
+        let base = self.put(&manifest, sections, &state, wanted)?;
         Ok((SnapshotReport { paused, memory_bytes: written.bytes(), id }, base))
     }
 
     /// Writes manifest and state, makes all of it last, and puts it in its place.
-    fn put(self, manifest: &Manifest, sections: Sections, state: &[u8]) -> Result<Base, SnapshotFailed> {
+    fn put(
+        self,
+        manifest: &Manifest,
+        sections: Sections,
+        state: &[u8],
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<Base, SnapshotFailed> {
         let mut text = serde_json::to_vec_pretty(manifest).map_err(|error| SnapshotFailed::Manifest {
             path: self.place.path().into(),
             reason: error.to_string(),
@@ -601,6 +615,9 @@ impl Draft {
         if self.lasts {
             self.memory.sync_all().map_err(SnapshotFailed::io("write", &self.draft.memory()))?;
             self.draft.sync()?;
+        }
+        if !wanted() {
+            return Err(SnapshotFailed::Cancelled);
         }
         self.place.replace_with(&self.draft)?;
         if self.lasts {

@@ -36,7 +36,7 @@ impl Snapshot {
         let flat = self.memory_image()?.flat().map_err(&error)?;
         let contents = flat.contents().map_err(&error)?;
         let (manifest, state) = match self.manifest.memory.diff {
-            None => self.as_it_is()?,
+            None => self.as_it_is(contents.crc32())?,
             Some(_) => self.alone(contents.crc32())?,
         };
         let read_memory = |offset, buffer: &mut [u8]| flat.read_at(offset, buffer);
@@ -116,13 +116,12 @@ impl Snapshot {
         unpacked.put()
     }
 
-    /// Manifest and state file of this snapshot, of which nothing changes.
-    fn as_it_is(&self) -> Result<(Manifest, Vec<u8>), SnapshotFailed> {
-        let state = match &self.place {
-            Place::Dir(dir) => Place::read_state(dir)?,
-            Place::Files { .. } => return self.alone(self.manifest.memory.crc32),
-        };
-        Ok((self.manifest.clone(), state))
+    /// Manifest and state file of this snapshot, of which nothing changes; its memory has this checksum.
+    fn as_it_is(&self, crc32: u32) -> Result<(Manifest, Vec<u8>), SnapshotFailed> {
+        let Place::Dir(dir) = &self.place else { return self.alone(crc32) };
+        let mut manifest = self.manifest.clone();
+        manifest.memory.crc32 = Some(crc32);
+        Ok((manifest, Place::read_state(dir)?))
     }
 }
 
@@ -276,7 +275,7 @@ impl Unpacked<'_> {
     fn memory(&mut self, packed: Packed<impl Read>, runs: &[Run]) -> Result<(), SnapshotFailed> {
         let bytes = self.manifest.memory.bytes;
         let crc32 = fill(self.draft.memory_file(), packed, bytes, runs, self.progress)?;
-        match crc32 == self.manifest.memory.crc32 {
+        match self.manifest.memory.crc32 == Some(crc32) {
             true => Ok(()),
             false => Err(MemoryFileError::Contents { path: MEMORY.into() }.into()),
         }
@@ -296,7 +295,7 @@ impl Unpacked<'_> {
     fn put(self) -> Result<String, SnapshotFailed> {
         // Its disks are those of its devices.
         disks::config(&self.draft.draft, &self.manifest)?;
-        Ok(self.draft.put(&self.manifest, self.sections, &self.state)?.id)
+        Ok(self.draft.put(&self.manifest, self.sections, &self.state, &|| true)?.id)
     }
 }
 

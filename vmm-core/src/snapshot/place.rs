@@ -1,6 +1,6 @@
 //! Where a snapshot is: a directory, or two files, as clients of Firecracker have it.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -21,6 +21,10 @@ pub(super) const STATE: &str = "state";
 pub(super) const MEMORY: &str = "memory";
 /// The section of a state file without a directory that the manifest is in.
 const SECTION: &str = "manifest";
+
+/// What is between a name and the digits of a draft that is beside it.
+const DRAFT: &str = ".vmm-draft.";
+const DIGITS: usize = 8;
 
 /// Most bytes of a manifest. That of a diff lists its pages.
 pub(super) const MAX_MANIFEST: u64 = 64 << 20;
@@ -313,8 +317,18 @@ fn beginning(path: &Path) -> Option<OsString> {
     let mut name = OsString::from(".");
     name.push(path.file_name()?);
     // Not a name that people give: what nobody has locked is removed.
-    name.push(".vmm-draft.");
+    name.push(DRAFT);
     Some(name)
+}
+
+/// By what people know a path in a draft: the one that it is to have.
+pub(super) fn without_draft(path: &Path) -> PathBuf {
+    let known = |part: &OsStr| {
+        let part = part.to_str()?;
+        let (name, _) = part.split_at_checked(part.len().checked_sub(DIGITS)?)?;
+        Some(OsString::from(name.strip_suffix(DRAFT)?.strip_prefix('.')?))
+    };
+    path.iter().map(|part| known(part).unwrap_or_else(|| part.into())).collect()
 }
 
 /// A name beside `path` that nobody has.
@@ -356,7 +370,7 @@ fn remove_left(place: &Path) {
     let is_left = |entry: &fs::DirEntry| {
         let name = entry.file_name();
         let digits = name.as_encoded_bytes().strip_prefix(beginning.as_encoded_bytes()).unwrap_or_default();
-        digits.len() == 8
+        digits.len() == DIGITS
             && digits.iter().all(u8::is_ascii_hexdigit)
             && entry.file_type().is_ok_and(|kind| kind.is_dir())
     };
@@ -454,6 +468,17 @@ mod tests {
             assert_eq!(found, *to, "from {from:?}");
         }
         assert!(diff(&files("/a/other", "/a/four"), &files("/a/three", "/a/four")).is_err(), "its memory");
+    }
+
+    #[test]
+    fn sentences_have_the_names_that_people_know() {
+        let place = Path::new("/a/web");
+        let draft = beside(place).unwrap();
+        assert_eq!(without_draft(&draft.join("memory")), Path::new("/a/web/memory"));
+        assert_eq!(without_draft(&draft), place);
+        for other in ["/", "a", "../.vmm-draft.", "/.vmm-draft.1/x", "é.vmm-draft.é234567"] {
+            assert_eq!(without_draft(Path::new(other)), Path::new(other));
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ pub(super) fn make(dir: &Path) {
         devices: Vec::new(),
         aliases: Default::default(),
         disks: Vec::new(),
-        memory: MemoryMap { bytes: BYTES, ranges: ranges(BYTES), crc32: 0, diff: None },
+        memory: MemoryMap { bytes: BYTES, ranges: ranges(BYTES), crc32: Some(0), diff: None },
         config,
         state_bytes: state.len() as u64,
         state_crc32: crc32fast::hash(&state),

@@ -89,7 +89,7 @@ impl Filler {
         image: Arc<MemoryImage>,
         touched: Option<TouchedFile>,
     ) -> Result<Self, FaultsError> {
-        let pending = image.data().map_err(|error| FaultsError::Lost(error.to_string()))?;
+        let pending = image.data();
         let fault = register(ram)?;
         let changed = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let changed = changed.map_err(|error| FaultsError::Thread(error.into()))?;

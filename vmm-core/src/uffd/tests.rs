@@ -118,7 +118,7 @@ fn memory_is_saved_whole_before_all_of_it_is_there() {
     give_back(&ram, 31);
     let file = Arc::new(tempfile::tempfile().unwrap());
     let mut writer = MemoryWriter::new(file.clone(), SIZE, false).unwrap();
-    writer.write(&ram, &touched(&ram).unwrap(), &|| true).unwrap();
+    writer.write(&ram, &touched(&ram).unwrap()).unwrap();
     for page in 0..SIZE / PAGE {
         let mut bytes = [0; 8];
         file.read_exact_at(&mut bytes, page * PAGE).unwrap();

@@ -85,11 +85,18 @@ pub struct Ends(OwnedFd);
 /// The signal with this number has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cut short by signal {0}")]
-pub struct Cut(pub u8);
+pub struct Cut(u8);
+
+impl Cut {
+    /// Ends this process as the signal does when nobody waits for it.
+    pub fn die(self) {
+        act_as_default(self.0.into());
+    }
+}
 
 impl Ends {
     /// Blocks them in this thread and all that it starts from now on, but for those that are ignored.
-    pub fn block() -> io::Result<Self> {
+    fn block() -> io::Result<Self> {
         let ends = set(ENDS.into_iter().filter(|signal| !ignored(*signal)));
         change_mask(libc::SIG_BLOCK, &ends);
         // SAFETY: the set is valid, and a new descriptor is asked for.
@@ -98,6 +105,17 @@ impl Ends {
             // SAFETY: it was just made, and is nobody else's.
             fd => Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) })),
         }
+    }
+
+    /// Does `work`, which looks at them. If it is [`Cut`] short by one, this process ends as by that, once what it had begun
+    /// has ended.
+    pub fn until_cut<T>(work: impl FnOnce(&Self) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        let signals = Self::block()?;
+        let result = work(&signals);
+        if let Some(&cut) = result.as_ref().err().and_then(|error| error.downcast_ref::<Cut>()) {
+            cut.die();
+        }
+        result
     }
 
     /// Fails if one has come.
@@ -121,11 +139,6 @@ impl Ends {
                 return Ok(());
             }
         }
-    }
-
-    /// Ends this process as the signal with this number does when nobody waits for it.
-    pub fn die(&self, number: u8) {
-        act_as_default(number.into());
     }
 }
 

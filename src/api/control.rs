@@ -36,6 +36,10 @@ pub struct Control {
     /// The machine's name.
     pub id: String,
     transport: Transport,
+    /// Held by whoever changes something, from beginning to end, so that of two changes none is lost. It may take long:
+    /// machines are built meanwhile, and devices stand still for snapshots.
+    turn: Mutex<()>,
+    /// Never held for long, so that who only asks is answered.
     state: Mutex<State>,
     orders: Sender<Order>,
     logging: Arc<Logging>,
@@ -75,7 +79,8 @@ impl Control {
         let state = State { configuration: FullConfiguration::default(), metadata: None, started: None };
         let (state, metrics) = (Mutex::new(state), MetricsFile::default());
         let (clients, launched) = (Arc::default(), watch::Sender::new(None));
-        Self { id: id.into(), transport, state, orders, logging, metrics, metadata_limit, clients, launched }
+        let (id, turn) = (id.into(), Mutex::default());
+        Self { id, transport, turn, state, orders, logging, metrics, metadata_limit, clients, launched }
     }
 
     /// Controls a machine that is there already.
@@ -92,6 +97,7 @@ impl Control {
         Self {
             id: name.into(),
             transport,
+            turn: Mutex::default(),
             state,
             orders,
             logging,
@@ -120,6 +126,18 @@ impl Control {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Fails once the machine has been started.
+    fn is_not_started(&self) -> Result<(), Refusal> {
+        match self.lock().started {
+            Some(_) => Err("The requested operation is not supported after starting the microVM.".into()),
+            None => Ok(()),
+        }
+    }
+
     /// Everything that is configured.
     pub fn configuration(&self) -> FullConfiguration {
         self.lock().configuration.clone()
@@ -130,19 +148,24 @@ impl Control {
         &self,
         change: impl FnOnce(&mut FullConfiguration) -> Result<(), Refusal>,
     ) -> Result<(), Refusal> {
-        let mut state = self.lock();
-        if state.started.is_some() {
-            return Err(not_after_start());
-        }
-        let mut changed = state.configuration.clone();
+        let _turn = self.turn();
+        self.is_not_started()?;
+        let mut changed = self.configuration();
         change(&mut changed)?;
-        state.configuration = changed;
+        self.lock().configuration = changed;
         Ok(())
     }
 
-    /// The machine, once it has been started.
+    /// The machine, once it has been started. While it is, whoever asks for it waits; not for those whose turn it is.
     pub fn vm(&self) -> Result<Arc<Vm>, Refusal> {
-        Ok(self.started()?.vm)
+        Ok(self.started_by_now()?.vm)
+    }
+
+    fn started_by_now(&self) -> Result<Started, Refusal> {
+        self.started().or_else(|_| {
+            drop(self.turn());
+            self.started()
+        })
     }
 
     /// The machine, if it has been started.
@@ -177,16 +200,20 @@ impl Control {
 
     /// Builds and starts the machine as it is configured.
     pub fn start(&self) -> Result<(), Refusal> {
-        let mut state = self.lock();
-        if state.started.is_some() {
-            return Err(not_after_start());
-        }
-        let nothing = MmdsContents::default();
-        let contents = state.metadata.as_ref().unwrap_or(&nothing);
-        let machine = state.configuration.machine(self.transport, contents).map_err(Refusal)?;
+        let _turn = self.turn();
+        self.start_now()
+    }
+
+    /// As [`Self::start`], for those whose turn it is.
+    fn start_now(&self) -> Result<(), Refusal> {
+        self.is_not_started()?;
+        let contents = self.metadata().unwrap_or_default();
+        let machine = self.configuration().machine(self.transport, &contents).map_err(Refusal)?;
         let names = machine.config.device_names();
         let aliases = names.into_iter().zip(machine.ids).filter_map(|(name, id)| Some((name, id?)));
-        self.launch(&mut state, Vm::builder(machine.config).aliases(aliases.collect()), false)?;
+        let vm = self.launch(Vm::builder(machine.config).aliases(aliases.collect()), false)?;
+        self.lock().started = Some(Started::of(vm.clone()));
+        self.launched.send_replace(Some(vm));
         Ok(())
     }
 
@@ -197,40 +224,41 @@ impl Control {
         resume: bool,
         machine: impl FnOnce(Option<&MmdsContents>) -> Result<VmBuilder, Refusal>,
     ) -> Result<(), Refusal> {
-        let mut state = self.lock();
-        if state.started.is_some() {
-            return Err(not_after_start());
-        }
-        if state.configuration.has_machine() {
-            return Err(
-                "A snapshot has all of its machine; load it before anything else is configured.".into()
-            );
-        }
-        let builder = machine(state.metadata.as_ref())?;
-        let vm = self.launch(&mut state, builder, !resume)?;
+        let _turn = self.turn();
+        self.is_not_started()?;
+        let FullConfiguration { logger, metrics, .. } = match self.configuration() {
+            configured if configured.has_machine() => {
+                return Err(
+                    "A snapshot has all of its machine; load it before anything else is configured.".into()
+                );
+            }
+            configured => configured,
+        };
+        let vm = self.launch(machine(self.metadata().as_ref())?, !resume)?;
         let config = vm.config();
-        let FullConfiguration { logger, metrics, .. } = state.configuration.clone();
         let configuration = FullConfiguration::of(&config).called(vm.aliases());
+        let mut state = self.lock();
         state.configuration = FullConfiguration { logger, metrics, ..configuration };
         state.metadata = MmdsContents::of(&config).or(state.metadata.take());
+        state.started = Some(Started::of(vm.clone()));
+        drop(state);
+        self.launched.send_replace(Some(vm));
         Ok(())
     }
 
-    fn launch(&self, state: &mut State, builder: VmBuilder, stays_paused: bool) -> Result<Arc<Vm>, Refusal> {
+    fn launch(&self, builder: VmBuilder, stays_paused: bool) -> Result<Arc<Vm>, Refusal> {
         let (reply, answer) = mpsc::channel();
         let ended = |_| Refusal("The program is ending.".into());
         let order = Order::Launch { builder: builder.into(), stays_paused, reply };
         self.orders.send(order).map_err(|_| ended(()))?;
-        let vm = answer.recv().map_err(|_| ended(()))?.map_err(Refusal)?;
-        state.started = Some(Started::of(vm.clone()));
-        self.launched.send_replace(Some(vm.clone()));
-        Ok(vm)
+        answer.recv().map_err(|_| ended(()))?.map_err(Refusal)
     }
 
     /// Starts a machine of this configuration; if that fails, the program ends.
     pub fn start_or_end(&self, configuration: FullConfiguration) {
+        let _turn = self.turn();
         self.lock().configuration = configuration;
-        if let Err(Refusal(sentence)) = self.start() {
+        if let Err(Refusal(sentence)) = self.start_now() {
             // It fails only when the program is ending.
             _ = self.orders.send(Order::End(sentence));
         }
@@ -238,18 +266,18 @@ impl Control {
 
     /// Changes the device that the API calls `id`, a `what`, while the machine runs.
     pub fn update(&self, what: &str, id: &str, patch: Patch) -> Result<(), Refusal> {
-        let started = self.started()?;
+        let started = self.started_by_now()?;
         let name = started.devices.get(id).ok_or_else(|| Refusal(format!("There is no {what} '{id}'.")))?;
         self.update_device(name, patch)
     }
 
     /// Changes the device `name` of the running machine; the configuration says so as well.
     pub fn update_device(&self, name: &str, patch: Patch) -> Result<(), Refusal> {
+        let _turn = self.turn();
         let Started { vm, devices } = self.started()?;
         vm.update(name, patch)?;
-        // Under the lock, so that of two changes the later one is seen.
-        let mut state = self.lock();
         let config = vm.config();
+        let mut state = self.lock();
         state.configuration.take_over(&FullConfiguration::of(&config), &devices);
         if let Some(contents) = MmdsContents::of(&config) {
             state.metadata = Some(contents);
@@ -267,19 +295,18 @@ impl Control {
         &self,
         change: impl FnOnce(Option<MmdsContents>) -> Result<MmdsContents, Refusal>,
     ) -> Result<(), Refusal> {
-        // Until the end, so that of two changes none is lost.
-        let mut state = self.lock();
-        let contents = change(state.metadata.clone())?;
+        let _turn = self.turn();
+        let contents = change(self.metadata())?;
         let (len, limit) = (serde_json::to_vec(&contents)?.len(), self.metadata_limit);
         if len > limit {
             return Err(Refusal(format!("The metadata would have {len} bytes; {limit} is the limit.")));
         }
-        if let Some(started) = &state.started {
-            for (name, patch) in contents.patches(&started.vm.config()) {
-                started.vm.update(&name, patch)?;
+        if let Some(vm) = self.vm_if_started() {
+            for (name, patch) in contents.patches(&vm.config()) {
+                vm.update(&name, patch)?;
             }
         }
-        state.metadata = Some(contents);
+        self.lock().metadata = Some(contents);
         Ok(())
     }
 
@@ -301,10 +328,6 @@ impl Control {
     pub fn metrics(&self) -> &MetricsFile {
         &self.metrics
     }
-}
-
-fn not_after_start() -> Refusal {
-    Refusal("The requested operation is not supported after starting the microVM.".into())
 }
 
 impl Started {

@@ -116,6 +116,15 @@ pub struct SnapshotRequest {
     pub stop: bool,
 }
 
+/// A snapshot that is being made.
+#[derive(Debug, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotPlace {
+    /// Its directory, as it was given when it was begun.
+    #[schema(value_type = String)]
+    pub path: PathBuf,
+}
+
 fn yes() -> bool {
     true
 }
@@ -165,6 +174,7 @@ pub fn calls(calls: Calls<Control>) -> Calls<Control> {
         .call(Get, "/vmm/v1/inspect", "Everything about the machine at this moment", inspect)
         .call(Put, "/vmm/v1/stop", "Presses the power button, and kills the machine at the deadline", stop)
         .call(Put, "/vmm/v1/snapshot", "Saves the machine, which then goes on if it ran", put_snapshot)
+        .call(Put, "/vmm/v1/snapshot/cancel", "Ends a snapshot that is being made", cancel_snapshot)
         .call(Put, "/vmm/v1/log", "Changes which lines are logged, at any time", put_log)
         .call(Patch, "/vmm/v1/devices/{id}", "Changes a device of the running machine", patch_device)
         .raw(METRICS, "Metrics as Prometheus reads them", "text/plain", get(|| prometheus(for_metrics)))
@@ -256,6 +266,13 @@ fn put_snapshot(
         paused_micros: report.paused.as_micros() as u64,
         memory_bytes: report.memory_bytes,
     }))
+}
+
+fn cancel_snapshot(control: &Control, request: Request<Json<SnapshotPlace>>) -> Result<(), Refusal> {
+    match control.vm()?.cancel_snapshot(&request.body.0.path) {
+        true => Ok(()),
+        false => Err("No such snapshot is being made, or it is whole already.".into()),
+    }
 }
 
 fn put_log(control: &Control, request: Request<Json<Log>>) -> Result<(), Refusal> {

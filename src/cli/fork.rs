@@ -8,23 +8,21 @@ mod children;
 use std::fs::{self, DirBuilder};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::thread;
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{Context, bail};
 use clap::Args;
 use rustix::io::Errno;
-use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, test_kill_process};
 use vmm_core::snapshot::{Hostname, MachineId, Persona};
 use vmm_core::{Snapshot, VmBuilder};
 
 use super::host::{HostArgs, Launch};
 use super::machines::One;
-use super::snapshot::save;
+use super::snapshot::{Saving, save};
 use super::{print, restore};
 use crate::exit::{ExitStatus, UsageError};
 use crate::machines::Machine;
-use crate::signals::{Cut, Ends};
+use crate::signals::Ends;
 use children::{Answers, Children};
 
 /// How the names begin of directories for the snapshots of forks.
@@ -66,13 +64,7 @@ Examples:
 
 /// Runs the subcommand.
 pub fn run(args: &ForkArgs) -> anyhow::Result<ExitStatus> {
-    let signals = Ends::block()?;
-    let result = fork(args, &signals);
-    if let Some(&Cut(number)) = result.as_ref().err().and_then(|error| error.downcast_ref()) {
-        // What was begun has ended.
-        signals.die(number);
-    }
-    result
+    Ends::until_cut(|signals| fork(args, signals))
 }
 
 fn fork(args: &ForkArgs, signals: &Ends) -> anyhow::Result<ExitStatus> {
@@ -142,15 +134,7 @@ impl ForkDir {
     /// Takes a snapshot of the machine.
     fn take(&self, machine: &Machine, disks: bool, signals: &Ends) -> anyhow::Result<Snapshot> {
         let place = self.0.join("snapshot");
-        let (done, end) = pipe_with(PipeFlags::CLOEXEC)?;
-        let (saved, to) = (machine.clone(), place.clone());
-        let saver = thread::Builder::new().name("snapshot".into()).spawn(move || {
-            let _until_it_returns = end;
-            save(&saved, &to, "clones", disks, false)
-        })?;
-        signals.wait_for(&done)?;
-        // Afterwards there is one thread again.
-        saver.join().map_err(|_| anyhow!("a bug: the thread that asks for the snapshot panicked"))??;
+        save(machine, &place, Saving { kind: "clones", disks, stop: false }, signals)?;
         Ok(Snapshot::open(&place)?)
     }
 }

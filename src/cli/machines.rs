@@ -71,6 +71,9 @@ impl One {
     }
 }
 
+/// With how many machines something is done at once: each takes some open files.
+const AT_ONCE: usize = 16;
+
 /// Machines.
 #[derive(Args, Clone, Debug)]
 pub struct Several {
@@ -82,20 +85,26 @@ pub struct Several {
 }
 
 impl Several {
-    /// Does `work` with each of them, with the others even if one fails.
-    fn each(&self, work: impl Fn(&StateDir, &Machine) -> anyhow::Result<()>) -> anyhow::Result<ExitStatus> {
+    /// Does `work` with many of them at once, with the others even if one fails.
+    fn each(
+        &self,
+        work: impl Fn(&StateDir, &Machine) -> anyhow::Result<()> + Sync,
+    ) -> anyhow::Result<ExitStatus> {
         let state = self.state.open()?;
-        let mut failure = None;
-        for name in &self.names {
-            let done = state.find(name).and_then(|machine| work(&state, &machine));
-            if let Err(error) = done {
-                match failure {
-                    None => failure = Some(error),
-                    Some(_) => super::say(&super::sentence(&error)),
-                }
-            }
+        let work = |name: &String| state.find(name).and_then(|machine| work(&state, &machine));
+        let mut failures = Vec::new();
+        for names in self.names.chunks(AT_ONCE) {
+            thread::scope(|scope| {
+                let threads: Vec<_> = names.iter().map(|name| scope.spawn(|| work(name))).collect();
+                let panicked = |_| Err(anyhow!("a bug: the thread for a machine panicked"));
+                let done = threads.into_iter().map(|thread| thread.join().unwrap_or_else(panicked));
+                failures.extend(done.filter_map(Result::err));
+            });
         }
-        failure.map_or(Ok(ExitStatus::Success), Err)
+        let mut failures = failures.into_iter();
+        let first = failures.next();
+        failures.for_each(|error| super::say(&super::sentence(&error)));
+        first.map_or(Ok(ExitStatus::Success), Err)
     }
 }
 
@@ -126,6 +135,9 @@ pub enum MachineCommand {
         /// Go on with what comes, until the machine ends
         #[arg(short, long)]
         follow: bool,
+        /// Begin with the last so many lines
+        #[arg(short = 'n', long, value_name = "LINES")]
+        tail: Option<usize>,
         /// Print what vmm itself has said since the machine went to the background: see --log of vmm run
         #[arg(long)]
         vmm: bool,
@@ -207,7 +219,7 @@ pub enum MachineCommand {
 pub fn run(command: &MachineCommand) -> anyhow::Result<ExitStatus> {
     match command {
         MachineCommand::Ps { format, state } => ps(&state.open()?, *format),
-        MachineCommand::Logs { machine, follow, vmm } => logs(&machine.find()?, *follow, *vmm),
+        MachineCommand::Logs { machine, follow, tail, vmm } => logs(&machine.find()?, *follow, *tail, *vmm),
         MachineCommand::LogLevel { machine, filter } => log_level(&machine.find_alive()?, filter),
         MachineCommand::Attach { machine } => attach(&machine.find_alive()?),
         MachineCommand::Stop { machines, time } => machines.each(|_, machine| stop(machine, *time)),
@@ -355,7 +367,7 @@ fn log_level(machine: &Machine, filter: &str) -> anyhow::Result<ExitStatus> {
     Ok(ExitStatus::Success)
 }
 
-fn logs(machine: &Machine, follow: bool, own: bool) -> anyhow::Result<ExitStatus> {
+fn logs(machine: &Machine, follow: bool, tail: Option<usize>, own: bool) -> anyhow::Result<ExitStatus> {
     let more = |time| match pause(time, None) {
         true => Err(std::io::ErrorKind::BrokenPipe.into()),
         false => Ok(machine.is_alive()),
@@ -364,8 +376,8 @@ fn logs(machine: &Machine, follow: bool, own: bool) -> anyhow::Result<ExitStatus
     let path = if own { machine.own_log() } else { machine.log() };
     let mut stdout = std::io::stdout().lock();
     let copied = match std::io::IsTerminal::is_terminal(&stdout) {
-        true => log::copy(&path, &mut Replay::to(stdout), follow),
-        false => log::copy(&path, &mut stdout, follow),
+        true => log::copy(&path, &mut Replay::to(stdout), tail, follow),
+        false => log::copy(&path, &mut stdout, tail, follow),
     };
     match copied {
         Ok(()) => Ok(ExitStatus::Success),

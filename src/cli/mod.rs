@@ -119,11 +119,13 @@ fn finish(result: anyhow::Result<ExitStatus>) -> ExitStatus {
 
 /// The command that was asked for, as far as there is one.
 fn asked_for() -> String {
-    let name = std::env::args_os().nth(1).unwrap_or_default();
-    match Cli::command().find_subcommand(&name) {
-        Some(_) => format!("vmm {}", name.display()),
-        None => "vmm".into(),
+    let (mut command, mut name) = (Cli::command(), "vmm".to_owned());
+    for word in std::env::args_os().skip(1) {
+        let Some(found) = command.find_subcommand(&word).cloned() else { break };
+        command = found;
+        name += &format!(" {}", command.get_name());
     }
+    name
 }
 
 fn dispatch(command: Command, start: Instant) -> anyhow::Result<ExitStatus> {

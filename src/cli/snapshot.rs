@@ -4,12 +4,16 @@ mod diff;
 mod inspect;
 mod pack;
 
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::thread;
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 use axum::http::Method;
 use clap::{Args, Subcommand};
 use clap_complete::ArgValueCandidates;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::pipe::{PipeFlags, pipe_with};
 use serde_json::json;
 use vmm_core::Snapshot;
 
@@ -17,6 +21,11 @@ use super::completion;
 use super::machines::{Format, StateArgs};
 use crate::exit::ExitStatus;
 use crate::machines::{Machine, client, find_alive};
+use crate::signals::{Cut, Ends};
+
+/// The calls that save a machine, and that do not any more.
+const PATH: &str = "/vmm/v1/snapshot";
+const CANCEL: &str = "/vmm/v1/snapshot/cancel";
 
 /// Save a machine with a name to a directory, or look at what was saved
 ///
@@ -126,30 +135,69 @@ pub fn run(args: &SnapshotArgs) -> anyhow::Result<ExitStatus> {
         (Some(command), ..) => command.run(),
         (None, Some(name), Some(to)) => {
             let machine = find_alive(&args.state.open()?, name)?;
-            let disks = !args.no_disks;
-            save(&machine, to, if args.diff { "diff" } else { "full" }, disks, args.stop)?;
-            Ok(ExitStatus::Success)
+            let kind = if args.diff { "diff" } else { "full" };
+            let how = Saving { kind, disks: !args.no_disks, stop: args.stop };
+            Ends::until_cut(|signals| {
+                save(&machine, to, how, signals)?;
+                Ok(ExitStatus::Success)
+            })
         }
         // The parser asks for both.
         (None, ..) => bail!("name a machine and a directory: vmm snapshot NAME --to DIR"),
     }
 }
 
-/// Lets the machine save itself, and end with that if it shall `stop`; `kind` is as the API has it.
-pub(super) fn save(machine: &Machine, to: &Path, kind: &str, disks: bool, stop: bool) -> anyhow::Result<()> {
+/// How a machine is saved, in the API's words.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Saving {
+    pub kind: &'static str,
+    pub disks: bool,
+    pub stop: bool,
+}
+
+/// Lets the machine save itself, and end with that if it shall stop. A signal cancels it. Afterwards there are no more threads
+/// than before.
+pub(super) fn save(machine: &Machine, to: &Path, how: Saving, signals: &Ends) -> anyhow::Result<()> {
+    let Saving { kind, disks, stop } = how;
     // The machine may run in another directory.
     let to = std::path::absolute(to)?;
     let watch = machine.watch()?;
-    client::ask_for_long(
-        machine,
-        Method::PUT,
-        "/vmm/v1/snapshot",
-        Some(&json!({ "path": to, "kind": kind, "disks": disks, "stop": stop })),
-    )?;
+    let body = json!({ "path": to, "kind": kind, "disks": disks, "stop": stop });
+    let (done, end) = pipe_with(PipeFlags::CLOEXEC)?;
+    let asked = thread::scope(|scope| {
+        let saver = thread::Builder::new().name("snapshot".into()).spawn_scoped(scope, || {
+            let _until_it_returns = end;
+            client::ask_for_long(machine, Method::PUT, PATH, Some(&body))
+        })?;
+        let waited = signals.wait_for(&done);
+        if waited.is_err() {
+            cancel(machine, &to, &done);
+            // Who asks twice does not wait for it.
+            signals.wait_for(&done).unwrap_or_else(Cut::die);
+        }
+        let asked =
+            saver.join().map_err(|_| anyhow!("a bug: the thread that asks for the snapshot panicked"))?;
+        if waited.is_err() && asked.is_ok() {
+            super::say(&format!("'{}' was whole already", to.display()));
+        }
+        waited?;
+        asked
+    });
+    asked?;
     if stop {
         watch.wait(None);
     }
     Ok(())
+}
+
+/// Cancels the snapshot to `to`, once it has begun and until it is `done`.
+fn cancel(machine: &Machine, to: &Path, done: &OwnedFd) {
+    let body = json!({ "path": to });
+    let is_done = || {
+        let moment = Timespec { tv_sec: 0, tv_nsec: 5_000_000 };
+        poll(&mut [PollFd::new(done, PollFlags::IN)], Some(&moment)).is_ok_and(|ready| ready > 0)
+    };
+    while client::ask(machine, Method::PUT, CANCEL, Some(&body)).is_err() && !is_done() {}
 }
 
 impl SavedCommand {

@@ -67,12 +67,26 @@ impl Log {
 /// Waits for so long and says whether more may come.
 pub type Follow<'a> = &'a dyn Fn(Duration) -> io::Result<bool>;
 
-/// Copies the log at `path` to `out`. With `follow`, goes on with what comes, for as long as it says so.
-pub fn copy(path: &Path, out: &mut impl Write, follow: Option<Follow<'_>>) -> io::Result<()> {
-    if let Ok(mut file) = File::open(older(path)) {
-        io::copy(&mut file, out)?;
-    }
+/// Copies the log at `path` to `out`, or its last `tail` lines. With `follow`, goes on with what comes, for as long as it says
+/// so.
+pub fn copy(
+    path: &Path,
+    out: &mut impl Write,
+    tail: Option<usize>,
+    follow: Option<Follow<'_>>,
+) -> io::Result<()> {
+    let old = File::open(older(path)).ok();
     let mut file = File::open(path)?;
+    match tail {
+        None => _ = old.map(|mut old| io::copy(&mut old, out)).transpose()?,
+        // Of two files at most.
+        Some(lines) => {
+            let mut text = Vec::new();
+            old.map(|mut old| old.read_to_end(&mut text)).transpose()?;
+            file.read_to_end(&mut text)?;
+            out.write_all(last_lines(&text, lines))?;
+        }
+    }
     let mut pause = Duration::ZERO;
     loop {
         // Asked before reading: what was written before the end is not missed.
@@ -96,6 +110,14 @@ pub fn copy(path: &Path, out: &mut impl Write, follow: Option<Follow<'_>>) -> io
     }
 }
 
+/// The last `lines` lines of a text, of which the very last need not be whole.
+fn last_lines(text: &[u8], lines: usize) -> &[u8] {
+    let Some(before) = lines.checked_sub(1) else { return &[] };
+    let whole = text.strip_suffix(b"\n").unwrap_or(text);
+    let starts = whole.iter().enumerate().rev().filter(|(_, byte)| **byte == b'\n').map(|(at, _)| at + 1);
+    &text[starts.into_iter().nth(before).unwrap_or(0)..]
+}
+
 #[cfg(test)]
 mod tests {
     use std::thread;
@@ -110,10 +132,27 @@ mod tests {
         let all: Vec<u8> = (0..35).map(|i| b'a' + i % 26).collect();
         all.chunks(7).for_each(|piece| log.append(piece));
         let mut kept = Vec::new();
-        copy(&path, &mut kept, None).unwrap();
+        copy(&path, &mut kept, None, None).unwrap();
         assert_eq!(kept, all[20..]);
         let files = fs::read_dir(dir.path()).unwrap().count();
         assert_eq!(files, 2);
+    }
+
+    #[test]
+    fn the_last_lines_may_be_in_two_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let mut log = Log::with_max(&path, 10).unwrap();
+        log.append(b"one\ntwo\nthree\nfour");
+        let last = |lines| {
+            let mut out = Vec::new();
+            copy(&path, &mut out, Some(lines), None).unwrap();
+            String::from_utf8(out).unwrap()
+        };
+        assert_eq!([0, 1, 2, 3].map(last), ["", "four", "three\nfour", "two\nthree\nfour"]);
+        assert_eq!(last(usize::MAX), "one\ntwo\nthree\nfour");
+        log.append(b"\n");
+        assert_eq!(last(1), "four\n");
     }
 
     #[test]
@@ -131,7 +170,7 @@ mod tests {
                     thread::sleep(pause);
                     Ok(!done.load(std::sync::atomic::Ordering::Acquire))
                 };
-                copy(&path, &mut out, Some(&follow)).map(|()| out)
+                copy(&path, &mut out, None, Some(&follow)).map(|()| out)
             }
         });
         thread::sleep(Duration::from_millis(20));

@@ -47,7 +47,8 @@ pub fn unpack(file: &Path, to: &Path) -> anyhow::Result<ExitStatus> {
         shown("unpacking", |progress| Ok(Snapshot::unpack(io::stdin().lock(), to, progress)?))?
     } else {
         let from = File::open(file).with_context(|| format!("cannot read '{}'", file.display()))?;
-        shown("unpacking", |progress| Ok(Snapshot::unpack(from, to, progress)?))?
+        let unpacked = shown("unpacking", |progress| Ok(Snapshot::unpack(from, to, progress)?));
+        unpacked.with_context(|| format!("cannot unpack '{}'", file.display()))?
     };
     print(format!("{id}\n").as_bytes())
 }

@@ -1,10 +1,12 @@
 //! What guests see of the processor, where the hardware lets a hypervisor decide it.
 
 use anyhow::{Context, Result};
-use harness::{Guest, Kernel};
+use harness::{Guest, Kernel, Machines, Needs, Place, PlacedMachines, local_kvm};
 
 mod hardware {
     use std::collections::BTreeSet;
+
+    use vmm_core::Snapshot;
 
     use super::*;
 
@@ -35,6 +37,33 @@ mod hardware {
             v2.difference(&host),
             v3.difference(&host)
         );
+        Ok(())
+    }
+
+    #[test]
+    fn a_snapshot_of_a_better_processor_is_refused_by_the_names_of_what_is_missing() -> Result<()> {
+        let (Place::Lab(lab), Some(_)) = (Place::choose(Needs::Hardware)?, local_kvm()) else {
+            eprintln!("left out: there are no two processors here");
+            return Ok(());
+        };
+        let here = Machines::new(env!("CARGO_BIN_EXE_vmm"))?;
+        here.ok("run --detach --name web IDLE")?;
+        here.ok("snapshot web --to saved")?;
+        let there = PlacedMachines::new(&Place::Lab(lab.clone()))?;
+        for file in ["manifest.json", "state", "memory"] {
+            let file = format!("saved/{file}");
+            lab.put(&here.dir().join(&file), &there.files().path(&file))?;
+        }
+        let seen = Snapshot::open(&here.dir().join("saved"))?.cpu_features();
+        let said = there.refused("restore saved --name web", 1)?;
+        let missing = said.split_once("this host lacks: ").and_then(|(_, rest)| rest.split_once(';'));
+        let (missing, _) = missing.context(said.clone())?;
+        for name in missing.split(", ") {
+            assert!(seen.contains(&name), "{name} of {missing} is not in {seen:?}");
+        }
+        there.ok("restore saved --name web --detach --force")?;
+        let row = there.ok("ps --format json")?;
+        assert!(row.contains(r#""state": "running""#), "{row}");
         Ok(())
     }
 }

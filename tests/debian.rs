@@ -3,8 +3,8 @@
 mod hardware {
     use std::time::Duration;
 
-    use anyhow::{Context, Result};
-    use harness::{Disk, Guest, Kernel, Needs, Place, Scratch, binaries, debian, report};
+    use anyhow::Result;
+    use harness::{Disk, Guest, Kernel, Needs, Place, PlacedMachines, binaries, debian, report};
 
     /// For systemd, before the lab's slowness.
     const DEADLINE: Duration = Duration::from_secs(120);
@@ -36,45 +36,37 @@ mod hardware {
     #[test]
     fn vmm_stop_presses_the_power_button_and_a_whole_debian_powers_off() -> Result<()> {
         // A lab ends that waits long for what is built first.
-        let (vmm, root, initrd) = (binaries::vmm()?, debian::rootfs()?, debian::initrd()?);
+        let (root, initrd) = (debian::rootfs()?, debian::initrd()?);
+        binaries::vmm()?;
         let place = Place::choose(Needs::Hardware)?;
         report::boots("Debian's cloud kernel", &place)?;
-        let mut files = Scratch::new(&place)?;
-        let kernel = Kernel::DebianCloud.at(&place).file()?;
-        let vmm = place.provide(&vmm)?;
-        files.at_end(format!("{vmm} rm --force --state-dir s debian"));
-        files.shell(&format!("cp {} root", place.provide(&root)?))?;
-        files.shell(&format!(
-            "{vmm} run --state-dir s --name debian --detach --memory 512M --kernel {} --initrd {} --rootfs root --append rw",
-            place.provide(&kernel)?,
+        let kernel = place.provide(&Kernel::DebianCloud.file()?)?;
+        let machines = PlacedMachines::new(&place)?;
+        machines.files().shell(&format!("cp {} root", place.provide(&root)?))?;
+        machines.ok(&format!(
+            "run --name debian --detach --memory 512M --kernel {kernel} --initrd {} --rootfs root --append rw",
             place.provide(&initrd)?
         ))?;
-        let expect = |text: &str| -> Result<()> {
-            while files.shell(&format!("{vmm} logs --state-dir s debian | grep -q '{text}'")).is_err() {
-                let runs = files.shell(&format!("{vmm} ps --state-dir s | grep running"));
-                runs.with_context(|| format!("waited for '{text}'"))?;
-                std::thread::sleep(Duration::from_secs(1));
-            }
-            Ok(())
-        };
         let send = |line: &str| {
-            files.shell(&format!("echo \"{line}\" | timeout 5 {vmm} attach --state-dir s debian; true"))
+            machines
+                .files()
+                .shell(&format!("echo \"{line}\" | timeout 5 {} || true", machines.command("attach debian")))
         };
-        expect("debian login: ")?;
+        machines.expect_log("debian", "debian login: ")?;
         send("root")?;
-        expect("root@debian:~#")?;
+        machines.expect_log("debian", "root@debian:~#")?;
         // Where machines are slow, this comes seconds after the prompt; a button that is pressed before presses nothing.
         send(
             "until journalctl -u systemd-logind | grep 'Watching system buttons'; do sleep 1; done; echo LISTENS | tr A-Z a-z",
         )?;
-        expect("^listens")?;
-        files.shell(&format!("{vmm} stop --state-dir s --time 250 debian")).context("vmm stop")?;
-        let row = files.shell(&format!("{vmm} ps --state-dir s --format json"))?;
+        machines.expect_log("debian", "\nlistens")?;
+        machines.ok("stop --time 250 debian")?;
+        let row = machines.ok("ps --format json")?;
         assert!(
             row.contains(r#""state": "ended""#) && row.contains(r#""reason": "the guest powered off""#),
             "{row}"
         );
-        let log = files.shell(&format!("{vmm} logs --state-dir s debian"))?;
+        let log = machines.ok("logs debian")?;
         assert!(log.contains("reboot: Power down"), "systemd was not done: {log}");
         Ok(())
     }

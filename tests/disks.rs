@@ -163,6 +163,61 @@ fn clones_have_the_disk_of_the_snapshot_and_write_their_own() -> Result<()> {
 }
 
 #[test]
+fn persistent_memory_is_taken_along() -> Result<()> {
+    let state = machines()?;
+    let disk = ext4(&state, "data.img")?;
+    let line = WRITE.replace("mount /dev/vdb", "mount -o dax /dev/pmem0");
+    start(&state, "--name web --pmem data.img", &line)?;
+    let before = wait_beyond(&state, "web", 10)?;
+    state.ok("snapshot web --to saved")?;
+    let saved = state.dir().join("saved/pmem0.raw");
+    let sum = checksum(&saved)?;
+    for name in ["one", "two"] {
+        state.ok(&format!("restore saved --detach --name {name}"))?;
+        wait_beyond(&state, name, before + 10)?;
+        check(&disk_of(&state, name, "pmem0")?, before + 10)?;
+    }
+    ensure!(checksum(&saved)? == sum, "the snapshot's memory was written");
+    check(&Disk::of_others(&saved), before)?;
+    state.ok("kill web")?;
+    check(&disk, before)
+}
+
+/// A block device over a file, which goes with it.
+struct LoopDevice(String);
+
+impl LoopDevice {
+    fn over(file: &Path) -> Result<Self> {
+        let output = Command::new("losetup").args(["--find", "--show"]).arg(file).output()?;
+        ensure!(output.status.success(), "{output:?}");
+        Ok(Self(String::from_utf8(output.stdout)?.trim().into()))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn a_block_device_is_refused_and_may_be_left_out() -> Result<()> {
+    let state = machines()?;
+    let disk = ext4(&state, "data.img")?;
+    let device = LoopDevice::over(disk.path())?;
+    start(&state, &format!("--name web --disk {}", device.0), WRITE)?;
+    let before = wait_beyond(&state, "web", 3)?;
+    let said = state.refused("snapshot web --to saved", 1)?;
+    ensure!(said.contains(&device.0) && said.contains("block device"), "{said}");
+    ensure!(!state.dir().join("saved").exists());
+    wait_beyond(&state, "web", before + 3)?;
+    state.ok("snapshot web --to saved --no-disks --stop")?;
+    state.ok("restore saved --detach --name again")?;
+    wait_beyond(&state, "again", before + 6)?;
+    Ok(())
+}
+
+#[test]
 fn a_plain_run_is_forked_three_times() -> Result<()> {
     let state = machines()?;
     let line = "i=0; echo begun > /root/mine; while i=$((i+1)); do sync; cat /root/mine | sed s/^/file:/; \

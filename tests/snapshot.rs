@@ -3,12 +3,13 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, symlink};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use harness::pager::Pager;
-use harness::{Api, Kernel, Machines, local_kvm};
+use harness::{Api, Kernel, Machines, SmallHost, local_kvm};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
@@ -88,6 +89,70 @@ fn what_is_saved_to_be_stopped_does_not_run_again() -> Result<()> {
     // The line that was being printed may be cut in two.
     ensure!((last + 1..=last + 2).contains(&first), "{last}, and then {first}");
     Ok(())
+}
+
+#[test]
+fn who_is_cut_short_leaves_no_snapshot_and_a_machine_that_goes_on() -> Result<()> {
+    let state = machines()?;
+    state.shell_read_only("run -q --detach --name web", COUNT)?;
+    for round in 1.. {
+        let before = wait_numbers(&state, "web", "n", 1)?.len();
+        // The one that nobody cancels, which may be before it or behind it.
+        let mut other = state.start("snapshot web --to other")?;
+        let mut child = state.start("snapshot web --to saved")?;
+        while state.ps()?[0]["state"] == "running" && child.try_wait()?.is_none() {}
+        kill_process(Pid::from_child(&child), Signal::INT)?;
+        let ended = child.wait()?;
+        ensure!(other.wait()?.success(), "the other one was cancelled");
+        wait_numbers(&state, "web", "n", before + 1)?;
+        let there = state.dir().join("saved").exists();
+        if ended.signal() == Some(Signal::INT.as_raw()) && !there {
+            break;
+        }
+        // It was too quick.
+        ensure!(there && round < 200, "{ended:?}, {there}");
+        fs::remove_dir_all(state.dir().join("saved"))?;
+    }
+    let names = fs::read_dir(state.dir())?.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
+    ensure!(names.iter().all(|name| !name.to_string_lossy().contains("saved")), "{names:?}");
+    Ok(())
+}
+
+#[test]
+fn a_machine_whose_memory_file_is_cut_off_says_so() -> Result<()> {
+    let state = machines()?;
+    state.shell_read_only("run -q --detach --name web", COUNT)?;
+    wait_numbers(&state, "web", "n", 5)?;
+    state.ok("snapshot web --to saved --stop")?;
+    state.ok("restore saved --detach --name again")?;
+    File::options().write(true).open(state.dir().join("saved/memory"))?.set_len(0)?;
+    assert_eq!(state.output("wait again")?.status.code(), Some(1));
+    let ps = state.ps()?;
+    let row = ps.iter().find(|row| row["name"] == "again").context("it is listed")?;
+    ensure!(row["reason"].as_str().is_some_and(|why| why.contains("was cut off")), "{row}");
+    Ok(())
+}
+
+#[test]
+fn a_mapped_snapshot_needs_no_room_where_it_is() -> Result<()> {
+    let state = machines()?;
+    let host = SmallHost::new("size=96m")?;
+    let saved = host.path("saved").display().to_string();
+    let line = "i=0; while i=$((i+1)); do [ $i -gt 80 ] || head -c 1000000 /dev/urandom > /tmp/$i; echo n$i; sleep 0.02; done";
+    state.shell_read_only("run -q --detach --name web --memory 192M", line)?;
+    wait_numbers(&state, "web", "n", 3)?;
+    state.ok(&format!("snapshot web --to {saved} --stop"))?;
+    let filled = std::io::copy(&mut std::io::repeat(1), &mut File::create(host.path("filler"))?);
+    ensure!(filled.is_err(), "it is full");
+    state.ok(&format!("restore {saved} --detach --name again"))?;
+    // What was free when it was saved is used now.
+    for _ in 0..3000 {
+        if wait_numbers(&state, "again", "n", 1)?.last() >= Some(&90) {
+            return Ok(());
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    bail!("it does not go on: {}", state.ok("logs again")?)
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use harness::local_kvm;
-use harness::micro::Micro;
+use harness::micro::{LOAD, Micro};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use vmm_core::devices::snapshot::Saved;
@@ -151,6 +151,87 @@ fn a_halted_guest_that_goes_on_differs_in_clocks_and_ids_and_in_nothing_else() -
         let (sections, pages) = setup.differences(from, to)?;
         ensure!(sections.iter().all(|name| allowed.contains(&&**name)), "{from} to {to}: {sections:?}");
         ensure!(pages == [GENERATION_PAGE], "{from} to {to}: pages {pages:?}");
+    }
+    Ok(())
+}
+
+/// A guest that prints `up`, and then traps for ever: a program at privilege level 3 counts what it does, the handler what
+/// comes. Each 256th is a `.`, and one that did not come an `x`.
+fn traps() -> Micro {
+    const TABLES: u32 = 0x18_0000;
+    const GDT: u32 = TABLES + 0x3000;
+    const IDT: u32 = TABLES + 0x4000;
+    const TSS: u32 = TABLES + 0x5000;
+    const STACK: u32 = TABLES + 0x8000;
+    const MADE: u32 = TABLES + 0x8000;
+    const CAME: u32 = TABLES + 0x8008;
+    const PROGRAM: usize = 0x600;
+    const HANDLER: usize = 0x700;
+    let [program, handler] = [PROGRAM, HANDLER].map(|offset| LOAD + offset as u32);
+    // An instruction, and the address that is its last part.
+    let on = |code: &[u8], addr: u32| [code, &addr.to_le_bytes()].concat();
+
+    // The first 2 MiB are anybody's. Then what the processor wants: code and data of both levels, a TSS, one gate.
+    let tables = [
+        (TABLES, u64::from(TABLES) + 0x1007),
+        (TABLES + 0x1000, u64::from(TABLES) + 0x2007),
+        (TABLES + 0x2000, 0x87),
+        (GDT + 0x08, 0x00af_9b00_0000_ffff),
+        (GDT + 0x10, 0x00cf_9300_0000_ffff),
+        (GDT + 0x18, 0x00af_fb00_0000_ffff),
+        (GDT + 0x20, 0x00cf_f300_0000_ffff),
+        (GDT + 0x28, 0x8900_0000_0067 | u64::from(TSS) << 16),
+        (TSS + 4, STACK.into()),
+        (
+            IDT + 3 * 16,
+            u64::from(handler & 0xffff_0000) << 32 | 0xee00_0008_0000 | u64::from(handler & 0xffff),
+        ),
+        // What LGDT and LIDT read.
+        (TABLES + 0x6000, u64::from(GDT) << 16 | 0x37),
+        (TABLES + 0x6010, u64::from(IDT) << 16 | 0xfff),
+    ];
+    let code = Micro::new().linux_entry().print("up\n");
+    tables
+        .into_iter()
+        .fold(code, |code, (addr, value)| code.write64(addr, value))
+        .eax(TABLES)
+        .raw(&[0x0f, 0x22, 0xd8]) // mov cr3, rax
+        .raw(&on(&[0x0f, 0x01, 0x14, 0x25], TABLES + 0x6000)) // lgdt [..]
+        .raw(&on(&[0x0f, 0x01, 0x1c, 0x25], TABLES + 0x6010)) // lidt [..]
+        .raw(&[0x66, 0xb8, 0x28, 0x00, 0x0f, 0x00, 0xd8]) // mov ax, 0x28; ltr ax
+        .raw(&on(&[0xbc], STACK)) // mov esp, STACK
+        .raw(&[0x6a, 0x23, 0x54, 0x6a, 0x02, 0x6a, 0x1b]) // push 0x23; push rsp; push 2; push 0x1b
+        .raw(&on(&[0x68], program)) // push program
+        .raw(&[0x48, 0xcf]) // iretq
+        .at(PROGRAM)
+        .raw(&on(&[0x48, 0xff, 0x04, 0x25], MADE)) // inc qword [MADE]
+        .raw(&[0xcc, 0xeb, 0xf5]) // int3; jmp program
+        .at(HANDLER)
+        .raw(&on(&[0x48, 0xff, 0x04, 0x25], CAME)) // inc qword [CAME]
+        .raw(&on(&[0x48, 0x8b, 0x04, 0x25], MADE)) // mov rax, [MADE]
+        .raw(&on(&[0x48, 0x3b, 0x04, 0x25], CAME)) // cmp rax, [CAME]
+        .raw(&[0x74, 0x0c]) // je right
+        .raw(&on(&[0x48, 0x89, 0x04, 0x25], CAME)) // mov [CAME], rax
+        .raw(&[0xb0, b'x', 0xeb, 0x06]) // mov al, 'x'; jmp print
+        .raw(&[0x84, 0xc0, 0x75, 0x07, 0xb0, b'.']) // right: test al, al; jnz done; mov al, '.'
+        .print_al() // print: mov dx, 0x3f8; out dx, al
+        .raw(&[0x48, 0xcf]) // done: iretq
+}
+
+#[test]
+fn a_trap_that_is_on_its_way_comes_in_the_restored_machine() -> Result<()> {
+    let setup = Setup::new()?;
+    traps().write(&setup.path("kernel"))?;
+    let mut vm = setup.start(json!({"kernel": setup.path("kernel"), "memory": "16M", "devices": []}))?;
+    for number in 0..50 {
+        setup.save(&vm, "0")?;
+        drop(vm);
+        vm = setup.restore("0")?;
+        let mut console = vm.take_console().context("it has a console")?;
+        vm.resume()?;
+        let mut byte = [0];
+        ensure!(console.read(&mut byte)? == 1, "it has ended");
+        ensure!(byte == *b".", "one did not come in machine {number}");
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ mod edit;
 #[path = "../../harness/src/micro.rs"]
 pub mod micro;
 pub mod snapshot;
+pub mod unpack;
 
 use arbitrary::{Arbitrary, Result, Unstructured};
 use devices::model::{BusDevice, VirtioDevice};

@@ -31,7 +31,10 @@ fuzz_target!(|input: (u8, &[u8], &[u8])| {
     let (_initrd, path) = file(initrd);
     let initrd = kernel::load_initrd(ram.memory(), &path, &kernel).ok();
     if let Some(initrd) = initrd {
-        assert!(initrd.addr >= kernel.end && initrd.addr + initrd.len <= RAM, "the initrd lies after the kernel");
+        assert!(
+            initrd.addr >= kernel.end && initrd.addr + initrd.len <= RAM,
+            "the initrd lies after the kernel"
+        );
     }
     kernel::write_parameters(ram.memory(), &kernel, initrd, "console=ttyS0").expect("there is room");
 });

@@ -39,6 +39,7 @@ mod live;
 mod machines;
 mod peer;
 mod place;
+mod placed;
 mod scratch;
 mod small_host;
 mod tools;
@@ -53,10 +54,11 @@ pub use machines::Machines;
 pub use net::NetNs;
 pub use peer::StreamPeer;
 pub use place::{Acceleration, Needs, Place, local_kvm};
+pub use placed::PlacedMachines;
 pub use process::{Exit, Output, Process, Program, Signal};
 pub use scratch::Scratch;
 pub use small_host::SmallHost;
-pub use tools::{image as tools_image, netload};
+pub use tools::{image as tools_image, losses, netload};
 
 /// The project's demo root file system, an ext4 image: busybox and our init. Shared: mount it read-only.
 pub fn demo_image() -> Result<PathBuf> {

@@ -9,7 +9,7 @@ use rustix::process::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::{local_kvm, micro::Micro};
+use crate::{NetNs, local_kvm, micro::Micro};
 
 /// In the environment of all processes of a test: its directory.
 const MARK: &str = "VMM_TEST_MACHINES";
@@ -19,6 +19,8 @@ pub struct Machines {
     vmm: PathBuf,
     dir: TempDir,
     state: PathBuf,
+    /// What stands before each command.
+    enter: Vec<String>,
 }
 
 impl Machines {
@@ -32,7 +34,13 @@ impl Machines {
         Micro::new().print("up\n").reset().write(&dir.path().join("short"))?;
         std::fs::create_dir(dir.path().join("tmp"))?;
         let state = dir.path().join("state");
-        Ok(Self { vmm: vmm.into(), dir, state })
+        Ok(Self { vmm: vmm.into(), dir, state, enter: Vec::new() })
+    }
+
+    /// With their processes within this namespace, which is on this machine.
+    pub fn within(mut self, net: &NetNs) -> Self {
+        self.enter = net.enter().to_vec();
+        self
     }
 
     /// With their state at this place.
@@ -56,7 +64,14 @@ impl Machines {
         let words = words.replace("IDLE", "-q --no-rootfs --memory 16M --kernel idle");
         let words = words.replace("SHORT", "-q --no-rootfs --memory 16M --kernel short");
         let (subcommand, rest) = words.split_once(' ').unwrap_or((&words, ""));
-        let mut command = Command::new(&self.vmm);
+        let mut command = match self.enter.split_first() {
+            Some((enter, rest)) => {
+                let mut command = Command::new(enter);
+                command.args(rest).arg(&self.vmm);
+                command
+            }
+            None => Command::new(&self.vmm),
+        };
         command.arg(subcommand).arg("--state-dir").arg(&self.state).args(rest.split_whitespace());
         command.env("TMPDIR", self.dir().join("tmp")).env(MARK, self.dir()).current_dir(self.dir());
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());

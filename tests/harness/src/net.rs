@@ -61,6 +61,11 @@ impl NetNs {
         Program { argv, ..program.clone() }
     }
 
+    /// What stands before a program to run it within the namespace.
+    pub(crate) fn enter(&self) -> &[String] {
+        &self.enter
+    }
+
     /// Starts a line of shell within the namespace.
     pub fn start(&self, line: &str) -> Result<Process> {
         self.place.start(&self.within(&Program::shell(line)))

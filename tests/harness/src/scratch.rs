@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use crate::place::Place;
+use crate::process::Output;
 
 /// The directory; it is gone with this.
 pub struct Scratch {
@@ -39,9 +40,14 @@ impl Scratch {
         self.last.push(line);
     }
 
+    /// Runs a line of shell in it, to its end.
+    pub fn run(&self, line: &str) -> Result<Output> {
+        self.place.shell(&format!("cd {} && {{ {line}; }}", self.dir))
+    }
+
     /// Runs a line of shell in it, which has to end with status 0, and returns what it printed.
     pub fn shell(&self, line: &str) -> Result<String> {
-        self.place.shell(&format!("cd {} && {{ {line}; }}", self.dir))?.ok()
+        self.run(line)?.ok()
     }
 }
 

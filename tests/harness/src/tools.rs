@@ -1,5 +1,5 @@
 //! A root file system with the tools that load a machine: the demo's files, Debian's fio with the libraries it is linked
-//! to, and our own `netload`, `registers` and `stream-peer`.
+//! to, and our own `netload`, `registers`, `losses` and `stream-peer`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -19,8 +19,12 @@ const LAYOUT: &str = "1";
 pub fn image() -> Result<PathBuf> {
     packages::ensure(&["fio", "e2fsprogs"])?;
     let fio = packages::find_program("fio")?;
-    let ours =
-        [("netload", netload()?), ("registers", registers()?), ("stream-peer", binaries::stream_peer()?)];
+    let ours = [
+        ("netload", netload()?),
+        ("registers", registers()?),
+        ("losses", losses()?),
+        ("stream-peer", binaries::stream_peer()?),
+    ];
     let hashes =
         ours.iter().map(|(_, program)| crate::lab::content_hash(program)).collect::<Result<Vec<_>>>()?;
     // The demo's own name changes with its parts.
@@ -56,6 +60,11 @@ pub fn netload() -> Result<PathBuf> {
 /// Two processes that look whether the kernel keeps their vector registers.
 fn registers() -> Result<PathBuf> {
     binaries::build(&["--release", "--package", "netload", "--bin", "registers"])
+}
+
+/// The load that notices whatever its machine loses; in the guest from the image, beside it from here.
+pub fn losses() -> Result<PathBuf> {
+    binaries::build(&["--release", "--package", "netload", "--bin", "losses"])
 }
 
 /// Copies a dynamically linked program of this machine, and what its loader would open, to where they are here.

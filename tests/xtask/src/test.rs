@@ -39,8 +39,8 @@ const LAB_TESTS: &str = "binary(lab)";
 const HARDWARE_TESTS: &str = "test(/(^|::)hardware::/)";
 /// Tests of the command at a terminal, which take its guests on this machine.
 const LOCAL_TESTS: &str = "binary(console) | binary(api) | binary(api_properties) | binary(machines) | binary(endurance) | \
-    binary(lifecycle) | binary(host_agent) | binary(snapshot) | binary(snapshot_crash) | binary(snapshot_tools) | \
-    binary(snapshot_truth) | binary(clones) | binary(disks) | binary(forks)";
+    binary(lifecycle) | binary(host_agent) | binary(snapshot) | binary(snapshot_crash) | binary(snapshot_load) | \
+    binary(snapshot_tools) | binary(snapshot_truth) | binary(clones) | binary(disks) | binary(forks)";
 /// For the linker and for what tests use on this machine.
 const PACKAGES: [&str; 9] =
     ["cpio", "gcc", "g++", "libc6-dev", "iproute2", "e2fsprogs", "xfsprogs", "passt", "python3-pip"];

@@ -12,13 +12,12 @@ use rustix::time::{ClockId, clock_gettime};
 /// Answers each line of standard input with `clock: REALTIME MONOTONIC BACKWARDS RANDOM`: two clocks in nanoseconds, how
 /// often any thread has seen one of them go backwards, and 16 random bytes. A thread for each CPU looks all the time.
 pub fn serve() -> Result<()> {
-    let backwards = Arc::new(AtomicU64::new(0));
-    let newest = Arc::new([const { AtomicU64::new(0) }; 2]);
+    let clocks = Arc::new(Clocks::default());
     for _ in 0..thread::available_parallelism()?.get() {
-        let (backwards, newest) = (backwards.clone(), newest.clone());
+        let clocks = clocks.clone();
         thread::spawn(move || {
             loop {
-                look(&newest, &backwards);
+                clocks.look();
                 thread::sleep(Duration::from_millis(1));
             }
         });
@@ -29,23 +28,37 @@ pub fn serve() -> Result<()> {
         let mut random = [0; 16];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
         let random: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-        let [realtime, monotonic] = look(&newest, &backwards);
-        println!("clock: {realtime} {monotonic} {} {random}", backwards.load(Ordering::SeqCst));
+        let [realtime, monotonic] = clocks.look();
+        println!("clock: {realtime} {monotonic} {} {random}", clocks.backwards());
     }
     Ok(())
 }
 
-/// Reads both clocks, and counts those that are behind what somebody has seen before.
-fn look(newest: &[AtomicU64; 2], backwards: &AtomicU64) -> [u64; 2] {
-    let clocks = [ClockId::Realtime, ClockId::Monotonic];
-    std::array::from_fn(|i| {
-        let seen = newest[i].load(Ordering::SeqCst);
-        let time = clock_gettime(clocks[i]);
-        let nanos = time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64;
-        if nanos < seen {
-            backwards.fetch_add(1, Ordering::SeqCst);
-        }
-        newest[i].fetch_max(nanos, Ordering::SeqCst);
-        nanos
-    })
+/// Two clocks, at which several threads look.
+#[derive(Default)]
+pub struct Clocks {
+    newest: [AtomicU64; 2],
+    backwards: AtomicU64,
+}
+
+impl Clocks {
+    /// Reads both clocks, and counts those that are behind what somebody has seen before.
+    pub fn look(&self) -> [u64; 2] {
+        let clocks = [ClockId::Realtime, ClockId::Monotonic];
+        std::array::from_fn(|i| {
+            let seen = self.newest[i].load(Ordering::SeqCst);
+            let time = clock_gettime(clocks[i]);
+            let nanos = time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64;
+            if nanos < seen {
+                self.backwards.fetch_add(1, Ordering::SeqCst);
+            }
+            self.newest[i].fetch_max(nanos, Ordering::SeqCst);
+            nanos
+        })
+    }
+
+    /// How often any thread has seen one of them go backwards.
+    pub fn backwards(&self) -> u64 {
+        self.backwards.load(Ordering::SeqCst)
+    }
 }

@@ -7,6 +7,7 @@
 
 mod address;
 mod clock;
+mod rounds;
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
@@ -43,6 +44,7 @@ fn run(arguments: &[&str]) -> Result<()> {
         ["connects", address, count] => connects(&address.parse()?, count.parse()?),
         ["pipe", address] => pipe(&address.parse()?),
         ["clock"] => clock::serve(),
+        ["rounds", disk] => rounds::serve(disk),
         ["wait-for-end", address] => wait_for_end(&address.parse()?),
         _ => bail!("there is no such command: {}", arguments.join(" ")),
     }

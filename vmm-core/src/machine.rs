@@ -544,9 +544,13 @@ impl Drop for Machine {
         if faults.is_some_and(Faults::is_lost) {
             self.runners.iter().for_each(Runner::stop);
         }
-        let _all_ended = faults.and_then(Faults::end);
+        let all_ended = faults.and_then(Faults::end);
         self.running.clear();
         self.units.clear();
         self.runners.clear();
+        drop(all_ended);
+        if let Some(faults) = faults {
+            faults.finish();
+        }
     }
 }

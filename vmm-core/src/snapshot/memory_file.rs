@@ -5,11 +5,12 @@ pub mod flat;
 
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{FsWord, SeekFrom, fstatfs, seek};
+use rustix::fs::{Advice, FsWord, SeekFrom, fadvise, fstatfs, seek};
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 use serde::{Deserialize, Serialize};
@@ -307,6 +308,14 @@ impl MemoryImage {
             unsafe { mmap_anonymous(host as *mut _, (next - start) as usize, RIGHTS, OVER) }?;
         }
         Ok(())
+    }
+
+    /// Lets the host read what is at `offset` ahead, as far as it wants to.
+    pub fn will_be_read(&self, offset: u64, bytes: u64) {
+        for file in std::iter::once(&self.base).chain(self.over.iter().map(|(file, _)| file)) {
+            // It is advice.
+            _ = fadvise(file, offset, NonZeroU64::new(bytes), Advice::WillNeed);
+        }
     }
 
     /// Reads what is at `offset`.

@@ -21,12 +21,19 @@ use super::{FaultsError, TellLoss, places, register};
 use crate::memory::{GuestRam, RamRegion};
 use crate::snapshot::memory_file::{MemoryImage, Pages, Run};
 
+/// What is brought in for who asks for a page of it, unless that is recorded: then it is a block.
+const AROUND: u64 = 4 * BLOCK;
 /// What is brought in between two looks at who waits.
-const STEP: u64 = 4 * BLOCK;
+const STEP: u64 = 16 * BLOCK;
+/// Of blocks that were touched one after the other, so many are brought in from the lowest up.
+const AT_ONCE: usize = 64;
+/// So many runs of them the disk may read ahead.
+const AHEAD: usize = 256;
 /// How long after somebody had to wait the rest stays where it is: there may be more to ask for.
 const QUIET: Duration = Duration::from_millis(1);
-/// How long what a guest touches first is recorded. The rest is not brought in meanwhile, so that all of it is seen.
-const RECORD: Duration = Duration::from_millis(500);
+/// How long what a guest touches first is recorded. The rest is not brought in meanwhile, so that all of it is seen; nor is it
+/// when that is known, so that this thread and the guest's are not in each other's way.
+const FIRST: Duration = Duration::from_millis(500);
 /// How long memory that is lost keeps those waiting who ask for it, at most. The machine is ended before that.
 const LOST_WAIT: Duration = Duration::from_secs(5);
 
@@ -34,7 +41,7 @@ const LOST_WAIT: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Filler {
     shared: Arc<Shared>,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Shared {
@@ -102,6 +109,7 @@ impl Filler {
             loss: Mutex::default(),
         });
         let first = touched.as_ref().and_then(|touched| touched.read(ram.size()));
+        let rest = if touched.is_some() { Rest::AfterStart } else { Rest::Now };
         let worker = Worker {
             fault,
             regions: places(ram),
@@ -109,7 +117,8 @@ impl Filler {
             image,
             shared: shared.clone(),
             recorder: touched.filter(|_| first.is_none()).map(|file| Recorder::new(file, ram.size())),
-            first: runs_of(&first.unwrap_or_default()),
+            first: runs_of(&first.unwrap_or_default(), ram.size()),
+            rest,
             next: 0,
             waiting: Vec::new(),
             buffer: Vec::new(),
@@ -117,7 +126,7 @@ impl Filler {
         let span = Span::current();
         let run = move || span.in_scope(|| worker.run());
         let thread = std::thread::Builder::new().name("memory".into()).spawn(run);
-        Ok(Self { shared, thread: Some(thread.map_err(FaultsError::Thread)?) })
+        Ok(Self { shared, thread: Mutex::new(Some(thread.map_err(FaultsError::Thread)?)) })
     }
 
     /// Pages that are not there yet and are no zeroes.
@@ -151,27 +160,38 @@ impl Filler {
     pub fn give_up_lost(&self) {
         self.shared.set(&self.shared.give_up);
     }
-}
 
-impl Drop for Filler {
-    fn drop(&mut self) {
+    /// Ends the thread.
+    pub fn finish(&self) {
         self.shared.set(&self.shared.stop);
-        if let Some(thread) = self.thread.take() {
+        let thread = self.thread.lock().unwrap_or_else(|e| e.into_inner()).take();
+        if let Some(thread) = thread {
             _ = thread.join();
         }
     }
 }
 
-/// Runs of bytes that blocks are, in their order.
-fn runs_of(blocks: &[u32]) -> Vec<Run> {
-    let mut runs: Vec<Run> = Vec::new();
-    for start in blocks.iter().map(|&block| u64::from(block) * BLOCK) {
-        match runs.last_mut() {
-            Some((last, bytes)) if *last + *bytes == start && *bytes < STEP => *bytes += BLOCK,
-            _ => runs.push((start, BLOCK)),
+impl Drop for Filler {
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+/// Runs of bytes with these blocks of a memory of so many bytes, the first one last.
+fn runs_of(blocks: &[u32], memory: u64) -> Vec<Run> {
+    let mut runs = Vec::<Run>::new();
+    for blocks in blocks.chunks(AT_ONCE) {
+        let mut starts: Vec<u64> = blocks.iter().map(|&block| u64::from(block) * BLOCK).collect();
+        starts.sort_unstable();
+        let before = runs.len();
+        for start in starts {
+            let bytes = BLOCK.min(memory - start);
+            match runs[before..].last_mut() {
+                Some((first, len)) if *first + *len == start && *len < STEP => *len += bytes,
+                _ => runs.push((start, bytes)),
+            }
         }
     }
-    // In their order, since the first are asked for first.
     runs.reverse();
     runs
 }
@@ -181,12 +201,19 @@ struct Recorder {
     file: TouchedFile,
     blocks: Vec<u32>,
     seen: Pages,
-    until: Option<Instant>,
+}
+
+/// When comes what nobody has asked for.
+enum Rest {
+    /// Some time after the guest's start.
+    AfterStart,
+    At(Instant),
+    Now,
 }
 
 impl Recorder {
     fn new(file: TouchedFile, bytes: u64) -> Self {
-        Self { file, blocks: Vec::new(), seen: Pages::none(bytes), until: None }
+        Self { file, blocks: Vec::new(), seen: Pages::none(bytes) }
     }
 
     fn note(&mut self, offset: u64) {
@@ -210,6 +237,7 @@ struct Worker {
     recorder: Option<Recorder>,
     /// What is brought in first, the first one last.
     first: Vec<Run>,
+    rest: Rest,
     /// Up to where nothing is pending.
     next: u64,
     /// Addresses of pages for which somebody waits.
@@ -235,10 +263,21 @@ impl Worker {
 
     /// Works until everything is there, or nobody needs it any more.
     fn work(&mut self) -> io::Result<()> {
+        self.first.iter().rev().take(AHEAD).for_each(|&(start, bytes)| self.image.will_be_read(start, bytes));
         loop {
             let served = self.serve()?;
             if self.shared.stop.load(Ordering::Acquire) {
                 return Ok(());
+            }
+            // It is about to be asked for.
+            if let Some((start, bytes)) = self.first.pop() {
+                if let Some(&(start, bytes)) = self.first.iter().rev().nth(AHEAD - 1) {
+                    self.image.will_be_read(start, bytes);
+                }
+                self.bring_across(start, start + bytes)?;
+                // Nobody who has what he waited for is to wait for this thread's turn to end.
+                std::thread::yield_now();
+                continue;
             }
             if served || !self.waiting.is_empty() {
                 self.wait(Some(QUIET))?;
@@ -284,8 +323,17 @@ impl Worker {
         if !self.shared.pending().contains(offset) {
             return self.fault.zero(address);
         }
-        let block = offset / BLOCK * BLOCK;
-        self.bring(block.max(start), (block + BLOCK).min(end))?;
+        let part = |bytes: u64| {
+            let from = offset / bytes * bytes;
+            (from.max(start), (from + bytes).min(end))
+        };
+        let (mut from, mut to) = part(AROUND);
+        if self.recorder.is_some() {
+            // The disk reads as much at a time as ever.
+            self.image.will_be_read(from, to - from);
+            (from, to) = part(BLOCK);
+        }
+        self.bring(from, to)?;
         Ok(!self.shared.pending().contains(offset))
     }
 
@@ -328,33 +376,35 @@ impl Worker {
         }
     }
 
-    /// Whether what nobody has asked for waits, and how long: until the guest runs, and its first touches are recorded.
+    /// Whether what nobody has asked for waits, and how long, if that is known.
     fn holds_back(&mut self) -> Option<Option<Duration>> {
-        let recorder = self.recorder.as_mut()?;
-        if !self.shared.guest_runs.load(Ordering::Acquire) {
-            return Some(None);
+        if matches!(self.rest, Rest::AfterStart) && self.shared.guest_runs.load(Ordering::Acquire) {
+            self.rest = Rest::At(Instant::now() + FIRST);
         }
-        let until = *recorder.until.get_or_insert_with(|| Instant::now() + RECORD);
-        let left = until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            self.finish_record();
-            return None;
+        match self.rest {
+            Rest::AfterStart => Some(None),
+            Rest::At(time) => {
+                let left = time.saturating_duration_since(Instant::now());
+                if left.is_zero() {
+                    self.finish_record();
+                    self.rest = Rest::Now;
+                }
+                Some(Some(left))
+            }
+            Rest::Now => None,
         }
-        Some(Some(left))
     }
 
     /// Writes down what was touched, if it was recorded while the guest ran.
     fn finish_record(&mut self) {
-        if let Some(Recorder { file, blocks, until: Some(_), .. }) = self.recorder.take() {
+        let ran = self.shared.guest_runs.load(Ordering::Acquire);
+        if let Some(Recorder { file, blocks, .. }) = self.recorder.take().filter(|_| ran) {
             file.write(&blocks);
         }
     }
 
     /// Brings in some of what nobody has asked for. Returns whether there may be more.
     fn bring_more(&mut self) -> io::Result<bool> {
-        if let Some((start, bytes)) = self.first.pop() {
-            return self.bring_across(start, start + bytes).map(|()| true);
-        }
         let memory = self.regions.last().map_or(0, |(start, region)| start + region.len);
         let run = self.shared.pending().runs(self.next, memory).next();
         let Some((start, bytes)) = run else { return Ok(false) };
@@ -409,5 +459,23 @@ impl Worker {
             _ = poll(&mut [PollFd::new(&self.shared.changed, PollFlags::IN)], Some(&time));
             self.shared.clear();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_that_were_touched_come_in_runs_and_in_about_their_order() {
+        let memory = 64 << 20;
+        assert_eq!(runs_of(&[], memory), []);
+        assert_eq!(runs_of(&[2, 0, 5, 1], memory), [(5 * BLOCK, BLOCK), (0, 3 * BLOCK)]);
+        // What was touched later comes later, though it is lower.
+        let late: Vec<u32> = (100..100 + AT_ONCE as u32).chain([0, 101]).collect();
+        assert_eq!(runs_of(&late, memory)[..2], [(101 * BLOCK, BLOCK), (0, BLOCK)]);
+        // No run is so long that others wait for it, and the memory's end is one.
+        let all: Vec<u32> = (0..40).collect();
+        assert_eq!(runs_of(&all, 40 * BLOCK - 1), [(2 * STEP, 8 * BLOCK - 1), (STEP, STEP), (0, STEP)]);
     }
 }

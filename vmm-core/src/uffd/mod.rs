@@ -105,6 +105,15 @@ impl Faults {
         }
     }
 
+    /// All threads of the machine have ended.
+    pub fn finish(&self) {
+        match self {
+            // What the guest has touched is written down now, and nothing is read for it any more.
+            Self::Filler(filler) => filler.finish(),
+            Self::Handler(_) => {}
+        }
+    }
+
     /// The machine ends: its vCPUs are told to stop. Nobody is left waiting for memory that does not come, until what is
     /// returned is dropped, when all threads have ended.
     pub fn end(&self) -> Option<mpsc::Sender<()>> {

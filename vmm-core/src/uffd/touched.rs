@@ -12,15 +12,16 @@ use tracing::debug;
 
 use crate::snapshot::random;
 
-/// Bytes of a block, in which memory is brought in and counted.
-pub const BLOCK: u64 = 64 << 10;
+/// Bytes of a block, the unit of what is kept. Smaller ones make more faults while it is found out, larger ones bring in more
+/// that nobody asks for.
+pub const BLOCK: u64 = 16 << 10;
 /// Its name in the directory of the snapshot.
 pub const NAME: &str = "memory.touched";
-/// Most blocks of a file: those of 16 GiB.
+/// Most blocks of a file: those of 4 GiB.
 pub const MAX_BLOCKS: usize = 1 << 18;
 
 const MAGIC: &[u8; 8] = b"vmmtouch";
-const FORM: u32 = 1;
+const FORM: u32 = 2;
 /// Digits of a snapshot's id.
 const ID: usize = 32;
 /// Bytes before the blocks.

@@ -5,6 +5,7 @@ mod hardware {
 
     use anyhow::Result;
     use harness::{Disk, Guest, Kernel, Needs, Place, PlacedMachines, binaries, debian, report};
+    use tempfile::NamedTempFile;
 
     /// For systemd, before the lab's slowness.
     const DEADLINE: Duration = Duration::from_secs(120);
@@ -68,6 +69,27 @@ mod hardware {
         );
         let log = machines.ok("logs debian")?;
         assert!(log.contains("reboot: Power down"), "systemd was not done: {log}");
+        Ok(())
+    }
+
+    #[test]
+    fn vmm_stop_reaches_a_guest_without_acpi_by_its_keyboard() -> Result<()> {
+        binaries::vmm()?;
+        let (kernel, initrd) = (Kernel::DebianCloud.file()?, NamedTempFile::new()?);
+        std::fs::write(&initrd, harness::initramfs_with(&[])?)?;
+        let place = Place::choose(Needs::Hardware)?;
+        report::boots("Debian's cloud kernel", &place)?;
+        let machines = PlacedMachines::new(&place)?;
+        machines.ok(&format!(
+            "run --name old --detach --memory 256M --kernel {} --initrd {} --no-rootfs --append acpi=off -- sleep 1000",
+            place.provide(&kernel)?,
+            place.provide(initrd.path())?
+        ))?;
+        machines.expect_log("old", "user space reached")?;
+        machines.ok("stop --time 250 old")?;
+        let (row, log) = (machines.ok("ps --format json")?, machines.ok("logs old")?);
+        // Our init restarts the machine, and its command has not ended.
+        assert!(row.contains("the guest ended before it said how the command ended"), "{row} {log}");
         Ok(())
     }
 }

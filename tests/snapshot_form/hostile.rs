@@ -172,8 +172,13 @@ fn sections_that_are_twice_missing_unknown_or_of_another_version_are_refused_and
             saved.refused(&name, &with([parts, std::slice::from_ref(part)].concat()), true)?;
             let mut without = parts.to_vec();
             without.remove(nth);
-            let said = saved.refused(&name, &with(without), true)?;
-            ensure!(said.contains(&name), "{name}: {said}");
+            if name == "i8042" {
+                // Machines that were saved before it had a state have none.
+                ensure!(saved.with(&with(without), true)? == Outcome::WentOn);
+            } else {
+                let said = saved.refused(&name, &with(without), true)?;
+                ensure!(said.contains(&name), "{name}: {said}");
+            }
             let said = saved.refused(&name, &changed(&|part| part.name.push(b'x')), true)?;
             ensure!(said.contains(&name), "{name}: {said}");
             for version in [part.version + 1, u16::MAX] {

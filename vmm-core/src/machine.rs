@@ -8,6 +8,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant, SystemTime};
 
 use devices::legacy::boot::{BootPort, Note};
+use devices::legacy::i8042::I8042;
 use devices::model::{IrqLine, MachineEvent, MachineEvents};
 use devices::snapshot::{Saved, Snapshot, SnapshotError, State};
 use serde::{Deserialize, Serialize};
@@ -299,6 +300,7 @@ pub(crate) struct Machine {
     pub runners: Vec<Runner>,
     pub buses: Arc<Buses>,
     pub power_button: Arc<dyn IrqLine>,
+    pub keyboard: Arc<I8042>,
     pub console_input: ConsoleInput,
     pub console_output: OutputControl,
     pub journal: Arc<Journal>,
@@ -386,10 +388,12 @@ impl Machine {
         }
     }
 
-    /// Asks the guest to switch itself off.
+    /// Asks the guest to switch itself off: by the power button, or by its keyboard if it has a driver for that, which are
+    /// guests without ACPI, and so without a power button.
     pub fn press_power_button(&self) {
         self.boot_port.press();
         self.power_button.trigger();
+        self.keyboard.press_ctrl_alt_del();
     }
 
     /// The state of all parts. The machine is paused.

@@ -326,7 +326,8 @@ impl Vm {
         _ = self.control.send(Message::Command(command, reply));
     }
 
-    /// Presses the power button: a guest with ACPI and something that listens (systemd, our init) shuts down.
+    /// Presses the power button: a guest with ACPI and something that listens (systemd, our init) shuts down. One without
+    /// ACPI that has a driver for the keyboard (i8042) hears Ctrl-Alt-Del.
     pub fn press_power_button(&self) -> Result<(), VmError> {
         self.command(Command::PowerButton)
     }

@@ -82,7 +82,7 @@ mod tests {
             Box::new(super::boot::BootPort::new(events.clone())),
             Box::new(super::cmos::Cmos::new()),
             Box::new(crate::pci::root::Ports::new(crate::pci::root::Root::new(Vec::new()))),
-            Box::new(super::i8042::I8042::new(events.clone())),
+            Box::new(super::i8042::I8042::new(Arc::new(NoLine), events.clone())),
             Box::new(super::power::PowerRegisters::new(events.clone())),
             Box::new(super::pvpanic::PvPanic::new(events)),
         ]

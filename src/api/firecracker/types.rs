@@ -405,7 +405,7 @@ pub enum ActionType {
     FlushMetrics,
     /// Start the machine.
     InstanceStart,
-    /// Ask the guest to shut down: the power button, since there is no keyboard.
+    /// Ask the guest to shut down: the power button, or Ctrl-Alt-Del where the guest has no ACPI.
     SendCtrlAltDel,
 }
 

@@ -32,7 +32,7 @@ use crate::window::WindowError;
 use crate::x86_64::kernel::{self, KernelError};
 use crate::x86_64::{Slots, layout};
 use origin::{Origin, command_line, device_parameters, has_features, saved_vcpus};
-use parts::{Parts, open_devices, open_serial, open_serial_file, place_windows};
+use parts::{Legacy, Parts, open_devices, open_serial, open_serial_file, place_windows};
 
 mod origin;
 mod parts;
@@ -330,7 +330,7 @@ impl VmBuilder {
         };
         // Late, because it empties a file.
         let (output, console, console_output) = console::output(self.when_full);
-        let (console_input, boot_port) =
+        let Legacy { console_input, boot_port, keyboard } =
             parts.add_legacy(open_serial(&config.serial, output)?, &console_output)?;
         let asleep = match &origin {
             Origin::Boot(_) => None,
@@ -359,6 +359,7 @@ impl VmBuilder {
             runners,
             buses: Arc::new(buses),
             power_button,
+            keyboard,
             console_input,
             console_output,
             journal,

@@ -101,12 +101,12 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// Puts the few pieces of a PC on the port bus; returns the console's input and the boot port.
+    /// Puts the few pieces of a PC on the port bus.
     pub fn add_legacy(
         &mut self,
         output: Box<dyn Write + Send>,
         control: &OutputControl,
-    ) -> Result<(ConsoleInput, Arc<BootPort>), BuildError> {
+    ) -> Result<Legacy, BuildError> {
         let input = ConsoleInput::default();
         let pump = {
             let input = input.clone();
@@ -120,8 +120,9 @@ impl Parts {
         self.saved.push(("serial".into(), serial.clone()));
         let port = Arc::new(ConsolePort::new(serial, control));
         pio.insert(serial::PORT.into(), serial::PORTS.into(), port)?;
-        let i8042 = Arc::new(I8042::new(events.clone()));
-        pio.insert(i8042::PORT.into(), i8042::PORTS.into(), i8042)?;
+        let keyboard = Arc::new(I8042::new(self.vm.irq_line(i8042::IRQ)?, events.clone()));
+        self.saved.push((KEYBOARD.into(), keyboard.clone()));
+        pio.insert(i8042::PORT.into(), i8042::PORTS.into(), keyboard.clone())?;
         let cmos = Arc::new(Cmos::new());
         self.saved.push(("cmos".into(), cmos.clone()));
         pio.insert(cmos::PORT.into(), cmos::PORTS.into(), cmos)?;
@@ -132,7 +133,7 @@ impl Parts {
         let boot = Arc::new(BootPort::new(events));
         self.saved.push(("boot".into(), boot.clone()));
         pio.insert(boot::PORT.into(), boot::PORTS.into(), boot.clone())?;
-        Ok((input, boot))
+        Ok(Legacy { console_input: input, boot_port: boot, keyboard })
     }
 
     /// Puts virtio devices on runners and on their transport.
@@ -304,7 +305,9 @@ impl Parts {
             return Err(BuildError::State(SectionError::of("irqchip")(wrong)));
         }
         self.vm.restore_irqchip(&irqchip)?;
-        for (name, part) in &self.saved {
+        // Machines of before it had a state go on with one that no driver has seen.
+        let saved_parts = self.saved.iter().filter(|(name, _)| name != KEYBOARD || saved.get(name).is_ok());
+        for (name, part) in saved_parts {
             let restore = || part.restore(saved.get(name)?).map_err(SectionError::of(name));
             restore().map_err(BuildError::State)?;
         }
@@ -353,6 +356,16 @@ impl Parts {
             .collect()
     }
 }
+/// Pieces of a PC that the machine has to do with itself.
+pub(super) struct Legacy {
+    pub console_input: ConsoleInput,
+    pub boot_port: Arc<BootPort>,
+    pub keyboard: Arc<I8042>,
+}
+
+/// The section of the keyboard's state.
+const KEYBOARD: &str = "i8042";
+
 /// The section that a device's state is in.
 fn section(device: &str) -> String {
     format!("device/{device}")

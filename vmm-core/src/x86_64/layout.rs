@@ -97,7 +97,7 @@ pub fn next_window(end: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use devices::legacy::serial;
+    use devices::legacy::{i8042, serial};
 
     use super::*;
 
@@ -110,7 +110,7 @@ mod tests {
 
     #[test]
     fn no_two_devices_share_an_interrupt() {
-        let fixed = [serial::IRQ, GED_IRQ, GENERATION_IRQ];
+        let fixed = [i8042::IRQ, serial::IRQ, GED_IRQ, GENERATION_IRQ];
         let mut all: Vec<u32> = fixed.into_iter().chain(DEVICE_IRQS.iter().copied()).collect();
         all.sort_unstable();
         assert!(all.windows(2).all(|pair| pair[0] < pair[1]), "{all:?}");

@@ -415,6 +415,32 @@ fn a_machine_that_is_killed_while_it_is_saved_ends_and_leaves_no_draft() {
 }
 
 #[test]
+fn a_paused_machine_that_is_stopped_while_it_is_saved_is_saved_and_two_to_one_place_are_refused() {
+    let script = vec![Step::Poke(16 << 20, vec![7; 96 << 20])];
+    let (vm, hypervisor, dir) = machine(script, |_| ());
+    vm.start().unwrap();
+    while hypervisor.steps_done() == 0 {
+        std::thread::yield_now();
+    }
+    vm.pause().unwrap();
+    let place = dir.path().join("saved");
+    std::thread::scope(|scope| {
+        let saving = scope.spawn(|| vm.snapshot(&place, SnapshotKind::Full));
+        while !vm.is_saving() && !saving.is_finished() {
+            std::thread::yield_now();
+        }
+        let other = scope.spawn(|| vm.snapshot(&place, SnapshotKind::Full));
+        let other = other.join().unwrap();
+        vm.request_stop(DEADLINE);
+        assert_eq!(vm.wait_timeout(DEADLINE), Some(StopReason::Requested));
+        saving.join().unwrap().expect("the machine is in it");
+        // It may have come late.
+        assert!(other.is_ok() || other.unwrap_err().to_string().ends_with("is being made already"));
+    });
+    vmm_core::Snapshot::open(&place).unwrap();
+}
+
+#[test]
 fn a_guest_that_is_to_stop_is_asked_until_it_does() {
     let (vm, hypervisor, _dir) = machine(vec![], |_| ());
     vm.start().unwrap();

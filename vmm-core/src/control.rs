@@ -1,7 +1,7 @@
 //! The control thread: it owns a machine, and is the only one that changes its state.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -35,9 +35,14 @@ impl Command {
     /// Ends the machine, whatever its guest does.
     pub const KILL: Self = Self::Stop { grace: Duration::ZERO };
 
+    /// Whether it is [`Self::KILL`].
+    pub fn is_kill(&self) -> bool {
+        matches!(self, Self::Stop { grace } if grace.is_zero())
+    }
+
     /// Whether it ends a machine in this state without asking its guest, which has nothing to lose where it does not run.
     pub fn ends_at_once(&self, state: &VmState) -> bool {
-        matches!(self, Self::Stop { grace } if grace.is_zero() || *state != VmState::Running)
+        self.is_kill() || matches!(self, Self::Stop { .. } if *state != VmState::Running)
     }
 }
 
@@ -64,6 +69,8 @@ pub(crate) enum Message {
     },
     /// What was captured last is in this snapshot.
     Captured(Base),
+    /// A snapshot is made, or has failed.
+    SnapshotEnded,
     /// Devices have put something into the inbox.
     Reported,
     VcpuEnded(u8, VcpuEnd),
@@ -92,6 +99,8 @@ pub(crate) struct Shared {
     pub stands_still: AtomicBool,
     /// It is to end at once, as soon as the control thread comes to it.
     pub ends: AtomicBool,
+    /// How many snapshots of it are being made, or wait for that.
+    pub snapshots: AtomicUsize,
 }
 
 impl Shared {
@@ -137,6 +146,8 @@ pub(crate) struct Control {
     pub kill_at: Option<Instant>,
     /// When that guest is asked again.
     pub press_at: Option<Instant>,
+    /// It does not run, and ends once it is saved.
+    pub stop_when_saved: bool,
 }
 
 impl Control {
@@ -167,6 +178,10 @@ impl Control {
                     _ = reply.send(self.capture(&mut memory, ahead, &disks, kind));
                 }
                 Ok(Message::Captured(base)) => self.captured(base),
+                Ok(Message::SnapshotEnded) if self.stop_when_saved && !self.is_being_saved() => {
+                    self.stop(StopReason::Requested);
+                }
+                Ok(Message::SnapshotEnded) => {}
                 Ok(Message::Reported) => self.reported(),
                 Ok(Message::VcpuEnded(id, end)) => self.vcpu_ended(id, end),
                 Ok(Message::MemoryLost(reason)) => self.stop(StopReason::Failed(reason)),
@@ -229,9 +244,15 @@ impl Control {
                 self.shared.lock().expect(&VmState::Paused, VmState::Running)?;
                 machine.resume()?;
                 self.shared.transition(VmState::Running)?;
+                self.stop_when_saved = false;
             }
-            Command::Stop { .. } if ends => self.stop(StopReason::Requested),
             Command::Stop { grace } => {
+                // The state of a machine that does not run may be nowhere else.
+                self.stop_when_saved = ends && !grace.is_zero() && self.is_being_saved();
+                if ends && !self.stop_when_saved {
+                    self.stop(StopReason::Requested);
+                    return Ok(());
+                }
                 let now = Instant::now();
                 // Beyond what a clock can say there is no deadline.
                 self.kill_at = self.kill_at.into_iter().chain(now.checked_add(grace)).min();
@@ -255,6 +276,10 @@ impl Control {
             }
         }
         Ok(())
+    }
+
+    fn is_being_saved(&self) -> bool {
+        self.shared.snapshots.load(Ordering::Acquire) > 0
     }
 
     fn reported(&mut self) {

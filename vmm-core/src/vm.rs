@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
@@ -167,6 +167,9 @@ struct Listed<'a> {
 impl Drop for Listed<'_> {
     fn drop(&mut self) {
         self.vm.jobs().retain(|job| !Arc::ptr_eq(job, &self.job));
+        self.vm.shared.snapshots.fetch_sub(1, Ordering::AcqRel);
+        // It fails only when the machine has ended.
+        _ = self.vm.control.send(Message::SnapshotEnded);
     }
 }
 
@@ -214,6 +217,7 @@ impl Vm {
             journal: machine.journal.clone(),
             stands_still: AtomicBool::new(false),
             ends: AtomicBool::new(false),
+            snapshots: AtomicUsize::new(0),
         });
         shared.journal.record(What::State(state));
         let console_input = machine.console_input.clone();
@@ -232,6 +236,7 @@ impl Vm {
                     last_words: None,
                     kill_at: None,
                     press_at: None,
+                    stop_when_saved: false,
                 };
                 let serve = std::panic::AssertUnwindSafe(|| control.serve(&messages));
                 if std::panic::catch_unwind(serve).is_err() {
@@ -284,7 +289,7 @@ impl Vm {
 
     /// Ends the machine and gives its guest time for that: presses the power button, every second until the guest has
     /// switched itself off, and kills it at the deadline. A guest that is paused or was not started has nothing to
-    /// lose and is killed at once.
+    /// lose and is ended at once, or when its snapshot that is being made is whole.
     pub fn stop(&self, deadline: Duration) -> StopReason {
         self.request_stop(deadline);
         self.wait()
@@ -318,7 +323,8 @@ impl Vm {
     }
 
     fn request(&self, command: Command) {
-        if command.ends_at_once(&self.state()) {
+        // Who gives a machine time gives it time for a snapshot, too: the state of one that is paused may be nowhere else.
+        if command.is_kill() {
             self.let_end();
         }
         let (reply, _) = mpsc::channel();
@@ -402,7 +408,15 @@ impl Vm {
 
     fn snapshot_at(&self, place: &Place, kind: SnapshotKind, disks: bool) -> Result<SnapshotReport, VmError> {
         let job = Arc::new(Job { path: place.path().into(), end: OnceLock::new() });
-        self.jobs().push(job.clone());
+        {
+            // It is by its path that a snapshot is cancelled.
+            let mut jobs = self.jobs();
+            if jobs.iter().any(|other| other.path == job.path) {
+                return Err(SnapshotFailed::Busy { path: job.path.display().to_string() }.into());
+            }
+            jobs.push(job.clone());
+            self.shared.snapshots.fetch_add(1, Ordering::AcqRel);
+        }
         let listed = Listed { vm: self, job };
         let _one_at_a_time = self.snapshots.lock().unwrap_or_else(|e| e.into_inner());
         let made = self.save(place, kind, disks, &listed.job);
@@ -456,7 +470,7 @@ impl Vm {
 
     /// Whether a snapshot is being made. What would change the machine may wait for its end.
     pub fn is_saving(&self) -> bool {
-        !self.jobs().is_empty()
+        self.shared.snapshots.load(Ordering::Acquire) > 0
     }
 
     /// Ends the snapshot to the directory `to` that is being made, or waits for another one: whoever wants it gets

@@ -23,9 +23,9 @@ pub const PAGE: u64 = 4096;
 pub(super) const MAX_WRITE: u64 = 1 << 20;
 /// How many pieces of diffs are mapped; more are copied, since a process can have about 65000 mappings.
 const MAX_MAPPED: usize = 4096;
-/// How many holes are mapped as zeroes; smaller ones are then left to the file. A process can have about 65000 mappings,
-/// half of which are for what its guest gives back.
-const MAX_HOLES: usize = 8192;
+/// How many holes of a region are mapped as zeroes, at two mappings each; smaller ones are then left to the file. A process can
+/// have about 65000 mappings, half of which are for what its guest gives back.
+const MAX_HOLES: usize = 2048;
 /// Bytes of a hole for which a mapping is worth its time, where the file system gives room in the page cache.
 const MIN_HOLE: u64 = 64 << 10;
 /// Of statfs(2).

@@ -112,6 +112,12 @@ pub enum SnapshotFailed {
     /// Somebody called [`crate::Vm::cancel_snapshot`].
     #[error("the snapshot was cancelled")]
     Cancelled,
+    /// One to the same place has begun and not ended.
+    #[error("a snapshot to '{path}' is being made already")]
+    Busy {
+        /// The place.
+        path: String,
+    },
     /// A file cannot be read or written.
     #[error("cannot {action} '{path}': {source}")]
     Io {

@@ -16,7 +16,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use tracing::{Span, debug};
 
 use super::sys::{Event, Userfault};
-use super::touched::{BLOCK, MAX_BLOCKS, TouchedFile};
+use super::touched::{BLOCK, MAX_BLOCKS, Touched, TouchedFile};
 use super::{FaultsError, TellLoss, places, register};
 use crate::memory::{GuestRam, RamRegion};
 use crate::snapshot::memory_file::{MemoryImage, Pages, Run};
@@ -89,8 +89,8 @@ impl Shared {
 }
 
 impl Filler {
-    /// Brings `image` into `ram`, which is empty. What the last guest touched first comes first; without that, what this one
-    /// touches is recorded in `touched`.
+    /// Brings `image` into `ram`, which is empty. What guests before have touched first comes first; until that is known to be
+    /// all, what this one touches is recorded in `touched`.
     pub fn start(
         ram: &GuestRam,
         image: Arc<MemoryImage>,
@@ -108,7 +108,7 @@ impl Filler {
             give_up: AtomicBool::new(false),
             loss: Mutex::default(),
         });
-        let first = touched.as_ref().and_then(|touched| touched.read(ram.size()));
+        let first = touched.as_ref().and_then(|touched| touched.read(ram.size())).unwrap_or_default();
         let rest = if touched.is_some() { Rest::AfterStart } else { Rest::Now };
         let worker = Worker {
             fault,
@@ -116,8 +116,8 @@ impl Filler {
             _memory: ram.memory().clone(),
             image,
             shared: shared.clone(),
-            recorder: touched.filter(|_| first.is_none()).map(|file| Recorder::new(file, ram.size())),
-            first: runs_of(&first.unwrap_or_default(), ram.size()),
+            first: runs_of(&first.blocks, ram.size()),
+            recorder: touched.filter(|_| !first.whole).map(|file| Recorder::new(file, first, ram.size())),
             rest,
             next: 0,
             waiting: Vec::new(),
@@ -199,7 +199,7 @@ fn runs_of(blocks: &[u32], memory: u64) -> Vec<Run> {
 /// Keeps which blocks are touched, in their order.
 struct Recorder {
     file: TouchedFile,
-    blocks: Vec<u32>,
+    touched: Touched,
     seen: Pages,
 }
 
@@ -212,15 +212,19 @@ enum Rest {
 }
 
 impl Recorder {
-    fn new(file: TouchedFile, bytes: u64) -> Self {
-        Self { file, blocks: Vec::new(), seen: Pages::none(bytes) }
+    /// Begins with what is known.
+    fn new(file: TouchedFile, touched: Touched, bytes: u64) -> Self {
+        let mut seen = Pages::none(bytes);
+        touched.blocks.iter().for_each(|&block| seen.add(u64::from(block) * BLOCK));
+        Self { file, touched, seen }
     }
 
     fn note(&mut self, offset: u64) {
         let start = offset / BLOCK * BLOCK;
-        if !self.seen.contains(start) && self.blocks.len() < MAX_BLOCKS {
+        let blocks = &mut self.touched.blocks;
+        if !self.seen.contains(start) && blocks.len() < MAX_BLOCKS {
             self.seen.add(start);
-            self.blocks.push((start / BLOCK) as u32);
+            blocks.push((start / BLOCK) as u32);
         }
     }
 }
@@ -248,7 +252,7 @@ struct Worker {
 impl Worker {
     fn run(mut self) {
         let worked = catch_unwind(AssertUnwindSafe(|| self.work()));
-        self.finish_record();
+        self.finish_record(false);
         match worked {
             Ok(Ok(())) => {}
             Ok(Err(error)) => self.lose(format!("cannot read the snapshot's memory: {error}")),
@@ -269,6 +273,7 @@ impl Worker {
             if self.shared.stop.load(Ordering::Acquire) {
                 return Ok(());
             }
+            let left = self.holds_back();
             // It is about to be asked for.
             if let Some((start, bytes)) = self.first.pop() {
                 if let Some(&(start, bytes)) = self.first.iter().rev().nth(AHEAD - 1) {
@@ -283,7 +288,7 @@ impl Worker {
                 self.wait(Some(QUIET))?;
                 continue;
             }
-            match self.holds_back() {
+            match left {
                 Some(left) => self.wait(left)?,
                 None if !self.bring_more()? => return Ok(()),
                 None => {}
@@ -386,7 +391,7 @@ impl Worker {
             Rest::At(time) => {
                 let left = time.saturating_duration_since(Instant::now());
                 if left.is_zero() {
-                    self.finish_record();
+                    self.finish_record(true);
                     self.rest = Rest::Now;
                 }
                 Some(Some(left))
@@ -395,11 +400,12 @@ impl Worker {
         }
     }
 
-    /// Writes down what was touched, if it was recorded while the guest ran.
-    fn finish_record(&mut self) {
+    /// Writes down what was touched, if it was recorded while the guest ran. `whole`: it ran for long enough.
+    fn finish_record(&mut self, whole: bool) {
         let ran = self.shared.guest_runs.load(Ordering::Acquire);
-        if let Some(Recorder { file, blocks, .. }) = self.recorder.take().filter(|_| ran) {
-            file.write(&blocks);
+        if let Some(Recorder { file, mut touched, .. }) = self.recorder.take().filter(|_| ran) {
+            touched.whole = whole;
+            file.write(&touched);
         }
     }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 use rustix::mm::{Advice, madvise};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::touched::BLOCK;
+use super::touched::{BLOCK, Touched};
 use super::*;
 use crate::memory::Backing;
 use crate::snapshot::memory_file::{MemoryImage, PAGE};
@@ -144,8 +144,9 @@ fn what_a_guest_touched_first_is_there_for_the_next_one() {
     ram.faults().unwrap().guest_runs();
     wait_filled(&ram);
     let pages = BLOCK / PAGE;
-    let blocks: Vec<u32> = [900, 33, 1500, 0].map(|page: u64| (page / pages) as u32).into();
-    assert_eq!(file().unwrap().read(SIZE), Some(blocks));
+    let blocks = |touched: &[u64]| touched.iter().map(|page| (page / pages) as u32).collect();
+    let whole = Touched { blocks: blocks(&[900, 33, 1500, 0]), whole: true };
+    assert_eq!(file().unwrap().read(SIZE), Some(whole));
     let image = image(dir.path());
     let all = image.data().count();
     let again = filled(image, file());
@@ -156,6 +157,25 @@ fn what_a_guest_touched_first_is_there_for_the_next_one() {
     again.faults().unwrap().guest_runs();
     wait_filled(&again);
     assert!((0..SIZE / PAGE).all(|page| get(&again, page) == want(page)));
+}
+
+#[test]
+fn what_a_guest_touched_that_ended_early_is_there_for_the_next_one_which_adds_to_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = || TouchedFile::in_dir(dir.path(), ID);
+    let image = image(dir.path());
+    for (page, blocks) in [(33, vec![8]), (900, vec![8, 225]), (34, vec![8, 225])] {
+        let ram = filled(image.clone(), file());
+        ram.faults().unwrap().guest_runs();
+        assert_eq!(get(&ram, page), want(page));
+        ram.faults().unwrap().finish();
+        assert_eq!(file().unwrap().read(SIZE), Some(Touched { blocks, whole: false }));
+    }
+    // One that has not run adds nothing.
+    let ram = filled(image, file());
+    get(&ram, 500);
+    ram.faults().unwrap().finish();
+    assert_eq!(file().unwrap().read(SIZE), Some(Touched { blocks: vec![8, 225], whole: false }));
 }
 
 #[test]

@@ -81,7 +81,8 @@ mod hardware {
         report::boots("Debian's cloud kernel", &place)?;
         let machines = PlacedMachines::new(&place)?;
         machines.ok(&format!(
-            "run --name old --detach --memory 256M --kernel {} --initrd {} --no-rootfs --append acpi=off -- sleep 1000",
+            "run --name old --detach --memory 256M --kernel {} --initrd {} --no-rootfs --append acpi=off \
+             -- sh -c 'exec sleep 1000'",
             place.provide(&kernel)?,
             place.provide(initrd.path())?
         ))?;

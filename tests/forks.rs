@@ -247,7 +247,7 @@ fn mistakes_are_one_sentence_and_start_nothing() -> Result<()> {
         ("fork web --set vsock0.nonsense=w", 1, "nonsense"),
         ("fork web --hostname a_{}", 2, "no host name"),
         ("fork web --hostname=-{}", 2, "no host name"),
-        ("fork web -n 0", 2, "1..=1000"),
+        ("fork web -n 0", 2, "from 1 to 1000"),
         (&format!("fork {long}"), 1, "32 letters"),
     ] {
         let said = state.refused(words, status)?;

@@ -19,7 +19,7 @@ use vmm_core::{Snapshot, VmBuilder};
 use super::host::{HostArgs, Launch};
 use super::machines::One;
 use super::snapshot::{Saving, save};
-use super::{print, restore};
+use super::{number, print, restore};
 use crate::exit::{ExitStatus, UsageError};
 use crate::machines::Machine;
 use crate::signals::Ends;
@@ -37,7 +37,7 @@ pub struct ForkArgs {
     #[command(flatten)]
     machine: One,
     /// Number of clones
-    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(short, long, value_name = "N", default_value_t = 1, value_parser = |text: &str| number(text, 1..=1000_u32))]
     n: u32,
     /// Change what a device of the clones is on the host; {} stands for the clone's number
     #[arg(long = "set", value_name = "DEVICE.KEY=VALUE")]

@@ -252,7 +252,7 @@ pub(super) fn status(ended: &Ended, command: Option<Option<u8>>) -> anyhow::Resu
             Some(Some(status)) => ExitStatus::Command(status),
             Some(None) => {
                 return Err(anyhow!(
-                    "the guest ended before it said how the command ended; is its init vmm's own?"
+                    "the guest ended before it said how the command ended; it was stopped, or its init is not vmm's own"
                 ));
             }
         },

@@ -18,7 +18,7 @@ use rustix::stdio::{stdin, stdout};
 use serde::Serialize;
 use serde_json::{Map, json};
 
-use super::{completion, print};
+use super::{completion, number, print};
 use crate::api::own::Inspection;
 use crate::exit::ExitStatus;
 use crate::logging;
@@ -136,7 +136,7 @@ pub enum MachineCommand {
         #[arg(short, long)]
         follow: bool,
         /// Begin with the last so many lines
-        #[arg(short = 'n', long, value_name = "LINES")]
+        #[arg(short = 'n', long, value_name = "LINES", value_parser = |text: &str| number(text, 0..=usize::MAX))]
         tail: Option<usize>,
         /// Print what vmm itself has said since the machine went to the background: see --log of vmm run
         #[arg(long)]
@@ -163,7 +163,7 @@ pub enum MachineCommand {
         #[command(flatten)]
         machines: Several,
         /// Seconds that the guest has to shut down
-        #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=86_400))]
+        #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = |text: &str| number(text, 0..=86_400_u64))]
         time: u64,
     },
     /// End a machine at once

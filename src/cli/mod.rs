@@ -15,8 +15,11 @@ mod snapshot;
 mod usage;
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::io::ErrorKind::BrokenPipe;
 use std::io::Write;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
 use std::time::Instant;
 
 use clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
@@ -140,6 +143,12 @@ fn dispatch(command: Command, start: Instant) -> anyhow::Result<ExitStatus> {
         Command::Man(args) => man::run(&args),
         Command::Machine(command) => machines::run(&command),
     }
+}
+
+/// A number in this range.
+fn number<T: FromStr + PartialOrd + Display>(text: &str, range: RangeInclusive<T>) -> Result<T, String> {
+    let number = text.parse().ok().filter(|number| range.contains(number));
+    number.ok_or_else(|| format!("write a number from {} to {}", range.start(), range.end()))
 }
 
 /// The value of a key as it is written on a command line: a number or a truth value where it is one, and nothing for an

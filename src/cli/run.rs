@@ -21,6 +21,7 @@ pub use config::root_disk;
 
 use super::device_flags::DeviceFlags;
 use super::host::{HostArgs, Launch};
+use super::number;
 use crate::config_file;
 use crate::exit::{self, ExitStatus};
 use crate::images;
@@ -64,7 +65,7 @@ pub struct RunArgs {
     append: Option<String>,
 
     /// Number of vCPUs, 1 to 32 [default: 1]
-    #[arg(long, value_name = "N", help_heading = "Machine", value_parser = cpus)]
+    #[arg(long, value_name = "N", help_heading = "Machine", value_parser = |text: &str| number(text, 1..=MAX_CPUS))]
     cpus: Option<u8>,
 
     /// RAM, such as 256M or 2G [default: 256M]
@@ -154,11 +155,6 @@ static AFTER_LONG_HELP: std::sync::LazyLock<String> = std::sync::LazyLock::new(|
         exit::HELP
     )
 });
-
-fn cpus(text: &str) -> Result<u8, String> {
-    let number = text.parse().ok().filter(|number| (1..=MAX_CPUS).contains(number));
-    number.ok_or_else(|| format!("write a number from 1 to {MAX_CPUS}"))
-}
 
 /// A value by one of the names that it has in a configuration.
 pub(super) fn named<T>(names: &'static [&'static str]) -> impl TypedValueParser<Value = T>

@@ -25,5 +25,8 @@ def map_case(context, case):
             body[key] = "disk"
     if case.path == "/vmm/v1/devices/{id}":
         body = {KEYS[(i + len(str(body))) % len(KEYS)]: value for i, value in enumerate(body.values())}
+    if case.path == "/vmm/v1/snapshot":
+        # The machine would end with it, and the test with the machine.
+        body.pop("stop", None)
     case.body = body
     return case

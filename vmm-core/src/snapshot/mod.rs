@@ -465,6 +465,11 @@ fn links(place: &Place, manifest: &Manifest) -> Result<Vec<Link>, SnapshotFailed
         let filled_up = files && memory_file::has_more_than(&place.memory(), bytes, &diff.pages)?;
         if !filled_up {
             let parent = place.base_of(diff);
+            if !parent.path().exists() {
+                let reason =
+                    format!("it is a difference to '{}', which is not there", parent.path().display());
+                return Err(SnapshotFailed::Manifest { path: place.path().into(), reason });
+            }
             let (below, _) = read_manifest(&parent)?;
             if below.id != diff.parent || below.memory.bytes != bytes {
                 return Err(SnapshotFailed::WrongBase {

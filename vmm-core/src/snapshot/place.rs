@@ -70,7 +70,8 @@ impl Place {
         match self {
             Self::Dir(dir) => {
                 refuse_links(dir, &[MANIFEST, STATE, MEMORY])?;
-                Ok((read_at_most(&dir.join(MANIFEST), MAX_MANIFEST)?, None))
+                let text = read_at_most(&dir.join(MANIFEST), MAX_MANIFEST);
+                Ok((text.map_err(|error| not_there(dir, error))?, None))
             }
             Self::Files { state, .. } => {
                 let bytes = read_at_most(state, MAX_MANIFEST + state_file::MAX_BYTES as u64)?;
@@ -394,6 +395,21 @@ pub(super) fn refuse_links(dir: &Path, names: &[&str]) -> Result<(), SnapshotFai
         Some(link) => Err(SnapshotFailed::io("read", &link)(io::Error::other("it is a link, not a file"))),
         None => Ok(()),
     }
+}
+
+/// Why there is no manifest in `dir`, if that is the error.
+fn not_there(dir: &Path, error: SnapshotFailed) -> SnapshotFailed {
+    let reason = match &error {
+        SnapshotFailed::Io { source, .. } if source.kind() == io::ErrorKind::NotADirectory => {
+            "it is a file; one that is packed is to be unpacked first"
+        }
+        SnapshotFailed::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => match dir.exists() {
+            true => "there is no manifest.json in it",
+            false => "there is nothing of this name",
+        },
+        _ => return error,
+    };
+    SnapshotFailed::Manifest { path: dir.into(), reason: reason.into() }
 }
 
 /// Opens a file of a snapshot to read it. A pipe, which would wait for a writer, is none.

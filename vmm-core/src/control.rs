@@ -1,7 +1,7 @@
 //! The control thread: it owns a machine, and is the only one that changes its state.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use crate::snapshot::memory_writer::MemoryWriter;
 use crate::snapshot::{Base, Captured, DiskTarget, SnapshotKind};
 use crate::state::{IllegalTransition, StopReason, VmState};
 use crate::vcpu::VcpuEnd;
-use crate::vm::VmError;
+use crate::vm::{Job, VmError};
 
 /// What the control thread is asked to do.
 #[derive(Clone, Debug)]
@@ -99,13 +99,21 @@ pub(crate) struct Shared {
     pub stands_still: AtomicBool,
     /// It is to end at once, as soon as the control thread comes to it.
     pub ends: AtomicBool,
-    /// How many snapshots of it are being made, or wait for that.
-    pub snapshots: AtomicUsize,
+    /// Snapshots of it that are being made, or wait for that.
+    pub jobs: Mutex<Vec<Arc<Job>>>,
 }
 
 impl Shared {
     pub fn lock(&self) -> MutexGuard<'_, VmState> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub fn jobs(&self) -> MutexGuard<'_, Vec<Arc<Job>>> {
+        self.jobs.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    pub fn is_being_saved(&self) -> bool {
+        !self.jobs().is_empty()
     }
 
     /// Whether it has ended, or is about to.
@@ -178,7 +186,7 @@ impl Control {
                     _ = reply.send(self.capture(&mut memory, ahead, &disks, kind));
                 }
                 Ok(Message::Captured(base)) => self.captured(base),
-                Ok(Message::SnapshotEnded) if self.stop_when_saved && !self.is_being_saved() => {
+                Ok(Message::SnapshotEnded) if self.stop_when_saved && !self.shared.is_being_saved() => {
                     self.stop(StopReason::Requested);
                 }
                 Ok(Message::SnapshotEnded) => {}
@@ -248,7 +256,7 @@ impl Control {
             }
             Command::Stop { grace } => {
                 // The state of a machine that does not run may be nowhere else.
-                self.stop_when_saved = ends && !grace.is_zero() && self.is_being_saved();
+                self.stop_when_saved = ends && !grace.is_zero() && self.shared.is_being_saved();
                 if ends && !self.stop_when_saved {
                     self.stop(StopReason::Requested);
                     return Ok(());
@@ -276,10 +284,6 @@ impl Control {
             }
         }
         Ok(())
-    }
-
-    fn is_being_saved(&self) -> bool {
-        self.shared.snapshots.load(Ordering::Acquire) > 0
     }
 
     fn reported(&mut self) {

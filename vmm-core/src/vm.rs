@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -122,8 +122,6 @@ pub struct Vm {
     exits: Vec<Arc<ExitLog>>,
     /// One snapshot is made at a time.
     snapshots: Mutex<()>,
-    /// Those that are being made, or wait for that.
-    jobs: Mutex<Vec<Arc<Job>>>,
     /// Who brings memory in, of a machine whose memory is not there yet.
     faults: Option<Faults>,
     /// Of a machine that was told to end: see [`Faults::end`].
@@ -133,7 +131,7 @@ pub struct Vm {
 
 /// A snapshot that is being made, or waits for that.
 #[derive(Debug)]
-struct Job {
+pub(crate) struct Job {
     /// By what people know it.
     path: PathBuf,
     /// What has become of it, once that is certain.
@@ -166,8 +164,7 @@ struct Listed<'a> {
 
 impl Drop for Listed<'_> {
     fn drop(&mut self) {
-        self.vm.jobs().retain(|job| !Arc::ptr_eq(job, &self.job));
-        self.vm.shared.snapshots.fetch_sub(1, Ordering::AcqRel);
+        self.vm.shared.jobs().retain(|job| !Arc::ptr_eq(job, &self.job));
         // It fails only when the machine has ended.
         _ = self.vm.control.send(Message::SnapshotEnded);
     }
@@ -217,7 +214,7 @@ impl Vm {
             journal: machine.journal.clone(),
             stands_still: AtomicBool::new(false),
             ends: AtomicBool::new(false),
-            snapshots: AtomicUsize::new(0),
+            jobs: Mutex::default(),
         });
         shared.journal.record(What::State(state));
         let console_input = machine.console_input.clone();
@@ -259,7 +256,6 @@ impl Vm {
             devices,
             exits,
             snapshots: Mutex::default(),
-            jobs: Mutex::default(),
             faults,
             ended: Mutex::default(),
             thread: Some(thread),
@@ -410,12 +406,11 @@ impl Vm {
         let job = Arc::new(Job { path: place.path().into(), end: OnceLock::new() });
         {
             // It is by its path that a snapshot is cancelled.
-            let mut jobs = self.jobs();
+            let mut jobs = self.shared.jobs();
             if jobs.iter().any(|other| other.path == job.path) {
                 return Err(SnapshotFailed::Busy { path: job.path.display().to_string() }.into());
             }
             jobs.push(job.clone());
-            self.shared.snapshots.fetch_add(1, Ordering::AcqRel);
         }
         let listed = Listed { vm: self, job };
         let _one_at_a_time = self.snapshots.lock().unwrap_or_else(|e| e.into_inner());
@@ -470,18 +465,14 @@ impl Vm {
 
     /// Whether a snapshot is being made. What would change the machine may wait for its end.
     pub fn is_saving(&self) -> bool {
-        self.shared.snapshots.load(Ordering::Acquire) > 0
+        self.shared.is_being_saved()
     }
 
     /// Ends the snapshot to the directory `to` that is being made, or waits for another one: whoever wants it gets
     /// [`SnapshotFailed::Cancelled`], and what was at `to` stays. Returns whether there was one that is not whole already.
     pub fn cancel_snapshot(&self, to: &Path) -> bool {
-        self.jobs().iter().filter(|job| job.path == to).filter(|job| job.becomes(JobEnd::Cancelled)).count()
-            > 0
-    }
-
-    fn jobs(&self) -> MutexGuard<'_, Vec<Arc<Job>>> {
-        self.jobs.lock().unwrap_or_else(|e| e.into_inner())
+        // There is one at most.
+        self.shared.jobs().iter().any(|job| job.path == to && job.becomes(JobEnd::Cancelled))
     }
 
     /// What the machine has taken of the host so far; fails when it has ended, or is being saved and stands still for that.
